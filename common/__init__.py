@@ -1,0 +1,1 @@
+"""What both sides share: types, errors, configuration, formats; sockets only in `transport`."""

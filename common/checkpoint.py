@@ -14,9 +14,7 @@ from common.errors import ModelError, UnknownFamilyError
 from common.tensorfile import TensorFile, TensorInfo
 from common.types import ModelManifest, ModuleShape
 
-FAMILIES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gemma3_text", "smollm3", "olmo2"}
-)
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gemma3_text", "smollm3", "olmo2"})
 """`model_type` values this project streams (house plan §5)."""
 
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -137,9 +135,7 @@ class Checkpoint:
     def manifest(self, name: str, fingerprint: str) -> ModelManifest:
         """What a server needs to know of this model."""
         embedding = self.info(EMBEDDING_KEY)
-        return ModelManifest(
-            name, self.family, self.layers, embedding.shape[1], embedding.shape[0], self.modules(), fingerprint
-        )
+        return ModelManifest(name, self.family, self.layers, embedding.shape[1], embedding.shape[0], self.modules(), fingerprint)
 
     def close(self) -> None:
         """Close every shard."""
@@ -148,9 +144,7 @@ class Checkpoint:
         self._files.clear()
 
 
-def cached_fingerprint(
-    checkpoint: Checkpoint, cache: Path, progress: Callable[[int, int], None] | None = None
-) -> str:
+def cached_fingerprint(checkpoint: Checkpoint, cache: Path, progress: Callable[[int, int], None] | None = None) -> str:
     """The fingerprint, remembered in `cache` by the files' stamp so that a restart does not read all weights."""
     path = cache / f"fingerprint-{checkpoint.stamp()[:32]}"
     if path.exists() and len(text := path.read_text().strip()) == 64:

@@ -135,7 +135,7 @@ class TensorFile:
         if info.dtype != "F32":
             raise ModelError(f"{self.path}: tensor {name!r} is {info.dtype}, expected F32")
         out = np.empty(info.shape, np.float32)
-        self.read_into(name, memoryview(out.reshape(-1)).cast("B"))
+        self.read_into(name, out.reshape(-1).data.cast("B"))
         return out
 
     def close(self) -> None:
@@ -172,6 +172,6 @@ def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]], me
         out.write(text)
         for name in names:
             array = np.ascontiguousarray(tensors[name], dtype="<f4")
-            out.write(memoryview(array.reshape(-1)).cast("B"))
+            out.write(array.reshape(-1).data.cast("B"))
         out.flush()
         os.fsync(out.fileno())

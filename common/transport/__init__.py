@@ -1,0 +1,1 @@
+"""TLS, serialization and error translation: the only place in `common` that knows gRPC."""

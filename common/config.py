@@ -1,0 +1,54 @@
+"""Strict TOML configuration: an unknown key, a missing one or a wrong type is an error that names it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def parse(text: str, kind: type[S], source: str) -> S:
+    """A configuration from TOML text. Raises ConfigError listing every wrong key with its place."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    try:
+        # JSON mode: strict, yet a string is still a path or an enumeration member.
+        return kind.model_validate_json(json.dumps(raw, default=str))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False):
+            place = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"{place}: unknown key")
+            elif problem["type"] == "missing":
+                lines.append(f"{place}: missing")
+            else:
+                lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r:.80})")
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def load(path: Path, kind: type[S]) -> S:
+    """A configuration file. Raises ConfigError when it is missing or wrong."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    return parse(text, kind, str(path))
