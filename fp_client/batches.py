@@ -48,7 +48,7 @@ def load_dataset(source: DataSource, tokenizer: Any, window: int) -> Dataset:
         elif source.on_long == "error":
             raise DataError(
                 f"{rows.name}:{rows.lines[index]}: the response does not fit the window: it needs {found} tokens with the "
-                f'shortest prompt, the window is {window}. Shorten it, raise sequence_length, or set on_long = "drop" for this data'
+                f'shortest prompt, the window is {window}. Shorten it, raise sequence_length, or set on_long = "drop"'
             )
     kept = Split(
         tuple(i for i in split.train if i in fits),
