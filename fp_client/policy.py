@@ -1,0 +1,89 @@
+"""What the device's owner allows a server to ask, ``policy.toml``. An absent file means the defaults below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from common.config import Section, load
+from common.errors import PolicyError
+from common.types import Assignment, Gradient, ProbeTask, RunSpec, Start, TrainSpec
+
+FILE = "policy.toml"
+
+
+class Policy(Section):
+    """Limits the daemon holds its server to; every `check_*` raises PolicyError naming key, limit and request."""
+
+    models: tuple[str, ...] | None = None
+    """Models that may be trained; absent means every model in client.toml."""
+    max_steps: int = Field(default=1000, ge=1)
+    """Optimizer steps a round."""
+    max_sequence_length: int = Field(default=4096, ge=1)
+    max_batch: int = Field(default=64, ge=1)
+    """Rows a step, or of the probe."""
+    max_rank: int = Field(default=256, ge=1)
+    """LoRA rank, of the training and of the broadcast."""
+    max_rounds: int = Field(default=10_000, ge=1)
+    min_samples: int = Field(default=1, ge=1)
+    """With fewer training examples the device stays out: an update would say too much of each."""
+    gradients: tuple[Gradient, ...] = tuple(Gradient)
+    starts: tuple[Start, ...] = tuple(Start)
+    upload_similarity: bool = True
+    upload_loss: bool = True
+    """False: reports carry no held-out loss (0 of 0 tokens)."""
+
+    def check_plan(self, spec: RunSpec, samples: int) -> None:
+        """May this device take part in such a run, with that many training examples?"""
+        if self.models is not None and spec.model not in self.models:
+            raise PolicyError(f"{FILE}: models: {spec.model!r} is not among the allowed ({', '.join(self.models) or 'none'})")
+        _at_most("max_rounds", self.max_rounds, "rounds", spec.rounds)
+        _at_most("max_rank", self.max_rank, "a broadcast rank of", spec.broadcast_rank)
+        if samples < self.min_samples:
+            raise PolicyError(
+                f"{FILE}: min_samples: this device has {samples} training examples, its policy wants {self.min_samples}"
+            )
+        self._check_train(spec.train)
+        self._check_shape(spec.probe.batch_size, spec.probe.sequence_length)
+
+    def check_probe(self, task: ProbeTask) -> None:
+        """May this be measured and told?"""
+        _at_most("max_rounds", self.max_rounds, "rounds", task.key.round + 1)
+        self._check_shape(task.spec.batch_size, task.spec.sequence_length)
+        if task.similarity and not self.upload_similarity:
+            raise PolicyError(f"{FILE}: upload_similarity is false, and the server asks for the similarity matrix")
+        if not task.similarity and not self.upload_loss:
+            raise PolicyError(f"{FILE}: upload_loss is false, and the server asks for nothing but the held-out loss")
+
+    def check_assignment(self, task: Assignment) -> None:
+        """May this be trained?"""
+        _at_most("max_rounds", self.max_rounds, "rounds", task.key.round + 1)
+        self._check_train(task.spec)
+
+    def _check_train(self, spec: TrainSpec) -> None:
+        _at_most("max_steps", self.max_steps, "steps", spec.steps)
+        _at_most("max_rank", self.max_rank, "a LoRA rank of", spec.rank)
+        self._check_shape(spec.batch_size, spec.sequence_length)
+        _among("gradients", self.gradients, spec.gradient)
+        _among("starts", self.starts, spec.start)
+
+    def _check_shape(self, batch: int, sequence: int) -> None:
+        _at_most("max_batch", self.max_batch, "rows", batch)
+        _at_most("max_sequence_length", self.max_sequence_length, "tokens a row", sequence)
+
+
+def _at_most(key: str, limit: int, what: str, asked: int) -> None:
+    if asked > limit:
+        raise PolicyError(f"{FILE}: {key}: the server asks for {what} {asked}, this device allows {limit}")
+
+
+def _among(key: str, allowed: Sequence[str], asked: str) -> None:
+    if asked not in allowed:
+        raise PolicyError(f"{FILE}: {key}: the server asks for {str(asked)!r}, this device allows {', '.join(allowed) or 'none'}")
+
+
+def load_policy(directory: Path) -> Policy:
+    """``policy.toml`` of a device directory, or the defaults. Raises ConfigError naming file and key."""
+    return load(directory / FILE, Policy) if (directory / FILE).exists() else Policy()

@@ -1,0 +1,131 @@
+"""Objects between device and server: fetch and push, in chunks, each going on from the byte that arrived last.
+
+Retries are bounded: the count begins anew only after at least a chunk has got through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc.aio
+
+from common.errors import DigestError, FedPrunerError, ProtocolError, UnreachableError
+from common.pb import objects_pb2, objects_pb2_grpc
+from common.transport import serde, wire
+from common.types import ObjectRef, UpdateReady
+from fp_client.cache import storage_error
+from fp_client.rpc import ANSWER_SECONDS, Connection
+
+MAX_OBJECT = 4 << 30
+"""No adapter object is larger; a server that announces more is refused before a byte is fetched."""
+
+OnBytes = Callable[[int, int], None]
+"""(bytes done, bytes in all)."""
+
+
+class Transfer:
+    """Fetches and pushes over a connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._stub = objects_pb2_grpc.ObjectsStub(connection.channel)  # type: ignore[no-untyped-call]
+
+    async def fetch(self, ref: ObjectRef, target: Path, progress: OnBytes = lambda done, total: None) -> None:
+        """Fetch an object into `target`, going on from ``<target>.part`` where one is left.
+
+        Raises DigestError when the bytes are not what was announced, twice; NotFound, UnreachableError, StorageError.
+        """
+        if ref.size > MAX_OBJECT:
+            raise ProtocolError(f"object {ref.digest[:12]}: {ref.size} bytes is more than any adapter object ({MAX_OBJECT})")
+        part = target.with_name(target.name + ".part")
+        tries, corrupt = 0, 0
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                await self._fetch_rest(ref, part, progress)
+                break
+            except DigestError:
+                part.unlink(missing_ok=True)
+                corrupt += 1
+                if corrupt == 2:
+                    raise
+            except UnreachableError as error:
+                tries = await self._pause(tries, part.stat().st_size - before if part.exists() else 0, error)
+        part.replace(target)
+
+    async def _fetch_rest(self, ref: ObjectRef, part: Path, progress: OnBytes) -> None:
+        digest = hashlib.sha256()
+        try:
+            with part.open("ab+") as out:
+                out.seek(0)
+                while piece := out.read(wire.CHUNK):
+                    digest.update(piece)
+                done = out.tell()
+                if done > ref.size:
+                    raise DigestError(f"object {ref.digest[:12]}: {done} bytes, announced {ref.size}")
+                call = self._stub.Fetch(objects_pb2.FetchRequest(digest=ref.digest, offset=done))
+                try:
+                    async for chunk in call:
+                        done += len(chunk.data)
+                        if done > ref.size:
+                            raise DigestError(f"object {ref.digest[:12]}: more than the {ref.size} bytes announced")
+                        out.write(chunk.data)
+                        digest.update(chunk.data)
+                        progress(done, ref.size)
+                except grpc.aio.AioRpcError as error:
+                    raise await self.connection.translate(error) from None
+                finally:
+                    call.cancel()
+                out.flush()
+        except OSError as error:
+            raise storage_error(part, error) from None
+        if done < ref.size:
+            raise UnreachableError(f"{self.connection.address}: sent {done} of {ref.size} bytes of object {ref.digest[:12]}")
+        if digest.hexdigest() != ref.digest:
+            raise DigestError(f"object {ref.digest[:12]}: the bytes received have digest {digest.hexdigest()[:12]}")
+
+    async def push(self, ready: UpdateReady, path: Path, progress: OnBytes = lambda done, total: None) -> bool:
+        """Push an update, going on from what the server has. True when it had been accepted before.
+
+        Raises TooLate, AlreadyDone, UpdateRejected, DigestError, UnreachableError after bounded tries.
+        """
+        tries, best = 0, 0
+        while True:
+            try:
+                request = objects_pb2.OffsetRequest(key=serde.key_to_pb(ready.key), ref=serde.ref_to_pb(ready.ref))
+                reply = await self._stub.Offset(request, timeout=ANSWER_SECONDS)
+                if reply.accepted:
+                    return True
+                if reply.offset > ready.ref.size:
+                    raise ProtocolError(f"the server asks for byte {reply.offset} of an update of {ready.ref.size}")
+                tries = 0 if reply.offset >= best + wire.CHUNK else tries
+                best = max(best, reply.offset)
+                done = await self._stub.Push(_pieces(ready, reply.offset, path, progress))
+                return bool(done.duplicate)
+            except grpc.aio.AioRpcError as raw:
+                error = await self.connection.translate(raw)
+                if not isinstance(error, UnreachableError):
+                    raise error from None
+                tries = await self._pause(tries, 0, error)
+
+    async def _pause(self, tries: int, progressed: int, error: FedPrunerError) -> int:
+        """Wait before the next try; its number, begun anew after real progress. Raises when the tries are used up."""
+        tries = 1 if progressed >= wire.CHUNK else tries + 1
+        if tries >= self.connection.backoff.attempts:
+            raise error
+        await asyncio.sleep(self.connection.backoff.delay(tries - 1))
+        return tries
+
+
+async def _pieces(ready: UpdateReady, offset: int, path: Path, progress: OnBytes) -> AsyncIterator[objects_pb2.PushMessage]:
+    yield objects_pb2.PushMessage(header=serde.ready_to_pb(ready, offset))
+    with path.open("rb") as file:
+        file.seek(offset)
+        done = offset
+        while piece := file.read(wire.CHUNK):
+            yield objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=piece))
+            done += len(piece)
+            progress(done, ready.ref.size)
