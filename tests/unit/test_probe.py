@@ -46,7 +46,11 @@ def twin_matrix(streams: list[torch.Tensor], mask: torch.Tensor, spec: ProbeSpec
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_matrix_and_loss_equal_the_model_in_memory(family: str, sample: Positions, tmp_path: Path) -> None:
     directory = tiny.make(family, tmp_path)
-    rows, heldout, spec = tiny.batch(), [tiny.batch(5, 30, seed=1), tiny.batch(2, 16, seed=2)], ProbeSpec(positions=40, sample=sample)
+    rows, heldout, spec = (
+        tiny.batch(),
+        [tiny.batch(5, 30, seed=1), tiny.batch(2, 16, seed=2)],
+        ProbeSpec(positions=40, sample=sample),
+    )
     if sample is Positions.RAW:  # padding is in the sample, and what stands there is arbitrary: compare without any
         rows["attention_mask"][:] = 1
     found = probe(UnitLoader(Checkpoint(directory)), rows, heldout, spec, micro_rows=2, pass_rows=4)
