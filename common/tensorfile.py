@@ -151,27 +151,61 @@ class TensorFile:
         self.close()
 
 
+class TensorWriter:
+    """Writes one safetensors file of F32 tensors whose shapes are known beforehand, one tensor at a time, in any order.
+
+    Tensors lie sorted by name; the same input gives the same bytes. A clean exit checks that every tensor was written
+    and syncs the file; after an error the half-written file is removed. The caller renames it into place.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None) -> None:
+        self.path, self._shapes, self._missing = path, dict(shapes), set(shapes)
+        header: dict[str, object] = {}
+        if metadata:
+            header["__metadata__"] = dict(sorted(metadata.items()))
+        self._offsets: dict[str, int] = {}
+        offset = 0
+        for name in sorted(shapes):
+            size = math.prod(shapes[name]) * 4
+            header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [offset, offset + size]}
+            self._offsets[name] = offset
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._base = 8 + len(text)
+        self._out = path.open("wb")
+        self._out.write(struct.pack("<Q", len(text)))
+        self._out.write(text)
+
+    def write(self, name: str, tensor: npt.NDArray[np.float32]) -> None:
+        """Write one tensor. Raises ValueError when its name or shape was not announced, or it was written before."""
+        if tensor.shape != self._shapes.get(name) or name not in self._missing:
+            raise ValueError(f"tensor {name!r} of shape {tensor.shape} was not announced, or is written twice")
+        self._missing.remove(name)
+        self._out.seek(self._base + self._offsets[name])
+        # A memoryview of nothing can't be cast.
+        if tensor.size:
+            self._out.write(np.ascontiguousarray(tensor, dtype="<f4").reshape(-1).data.cast("B"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        with self._out:
+            if kind is None and not self._missing:
+                self._out.flush()
+                os.fsync(self._out.fileno())
+                return
+        self.path.unlink(missing_ok=True)
+        if kind is None:
+            raise ValueError(f"tensor {min(self._missing)!r} was announced but not written")
+
+
 def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, str] | None = None) -> None:
     """Write F32 tensors, sorted by name, one at a time; the same input gives the same bytes.
 
     The file is synced. The caller renames it into place.
     """
-    names = sorted(tensors)
-    header: dict[str, object] = {}
-    if metadata:
-        header["__metadata__"] = dict(sorted(metadata.items()))
-    offset = 0
-    for name in names:
-        size = tensors[name].size * 4
-        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)))
-        out.write(text)
-        for name in names:
-            array = np.ascontiguousarray(tensors[name], dtype="<f4")
-            out.write(array.reshape(-1).data.cast("B"))
-        out.flush()
-        os.fsync(out.fileno())
+    with TensorWriter(path, {name: tensor.shape for name, tensor in tensors.items()}, metadata) as out:
+        for name in sorted(tensors):
+            out.write(name, tensors[name])

@@ -1,0 +1,126 @@
+"""An upload against its assignment: everything that must be refused, and the tensor each refusal names."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import UpdateRejected
+from common.tensorfile import write_tensors
+from common.types import Assignment, Factors, ModelManifest, ModuleShape, TaskKey, TrainSpec, UnitId
+from fp_server.validation import check_update, expected_shapes
+
+MODULES = (ModuleShape("mlp.up_proj", 40, 24), ModuleShape("self_attn.k_proj", 8, 24), ModuleShape("self_attn.q_proj", 24, 24))
+MANIFEST = ModelManifest("tiny", "llama", 6, 24, 100, MODULES, "f" * 64)
+SPEC = TrainSpec(5, 4, 128, 1e-4, 4, 8.0, ("mlp.up_proj", "self_attn.q_proj"), 0)
+UNITS = (UnitId(1), UnitId(4))
+ASSIGNMENT = Assignment(TaskKey("run", 0, 0), UNITS, ((UnitId(1),), (UnitId(4),)), ((1.0,), (1.0,)), SPEC, (), 1, True)
+
+
+def good() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {"mlp.up_proj": (40, 24), "self_attn.q_proj": (24, 24)}
+    out: dict[str, np.ndarray] = {}
+    for layer in (1, 4):
+        for name, (d_out, d_in) in shapes.items():
+            out[f"layers.{layer}.{name}.lora_A"] = rng.standard_normal((4, d_in), np.float32)
+            out[f"layers.{layer}.{name}.lora_B"] = rng.standard_normal((d_out, 4), np.float32)
+    return out
+
+
+def check(tmp_path: Path, tensors: dict[str, np.ndarray], max_norm: float | None = None) -> None:
+    write_tensors(tmp_path / "update", tensors)
+    check_update(tmp_path / "update", ASSIGNMENT, MANIFEST, max_norm)
+
+
+def test_what_was_assigned_passes(tmp_path: Path) -> None:
+    check(tmp_path, good())
+    assert set(expected_shapes(ASSIGNMENT, MANIFEST)) == set(good())
+
+
+A, B = "layers.4.self_attn.q_proj.lora_A", "layers.4.self_attn.q_proj.lora_B"
+
+
+@pytest.mark.parametrize("key", ["layers.2.self_attn.q_proj.lora_A", "layers.4.self_attn.k_proj.lora_B", "../../etc/passwd"])
+def test_a_tensor_that_was_not_assigned_is_named(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UpdateRejected, match=f"'{key}' was not assigned"):
+        check(tmp_path, good() | {key: np.zeros((4, 24), np.float32)})
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    tensors = good()
+    del tensors[B]
+    with pytest.raises(UpdateRejected, match=f"'{B}' is missing"):
+        check(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (4, 23), (24, 4), (96,), (0, 24)])
+def test_a_wrong_shape_is_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(UpdateRejected, match=f"'{A}' has shape") as caught:
+        check(tmp_path, good() | {A: np.zeros(shape, np.float32)})
+    assert "expected (4, 24)" in str(caught.value)
+
+
+def test_a_wrong_dtype_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "update"
+    write_tensors(path, good())
+    data = path.read_bytes()
+    # Same bytes, claimed to be integers of the same width.
+    at = data.index(A.encode())
+    path.write_bytes(data[:at] + data[at:].replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(UpdateRejected, match=f"'{A}' is I32, expected F32"):
+        check_update(path, ASSIGNMENT, MANIFEST)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [A, B])
+def test_a_value_that_is_not_finite_is_named(tmp_path: Path, name: str, value: float) -> None:
+    tensors = good()
+    tensors[name][2, 3] = value
+    with pytest.raises(UpdateRejected, match=rf"'{name}' holds {value} at \[2, 3\]"):
+        check(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "update"
+    write_tensors(path, good())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UpdateRejected, match="can't be read"):
+        check_update(path, ASSIGNMENT, MANIFEST)
+
+
+def test_the_norm_is_that_of_the_scaled_product(tmp_path: Path) -> None:
+    """Twin: the dense product. α/r = 2."""
+    tensors = good()
+    tensors[B] = tensors[B] * np.float32(50)
+    norm = float(np.linalg.norm(2.0 * tensors[B].astype(np.float64) @ tensors[A].astype(np.float64)))
+    check(tmp_path, tensors, norm * (1 + 1e-9))
+    with pytest.raises(UpdateRejected, match=rf"'{B}': the update's norm is {norm:.4g}"):
+        check(tmp_path, tensors, norm * (1 - 1e-9))
+
+
+def test_values_that_would_overflow_the_ledger_are_refused_without_a_limit_too(tmp_path: Path) -> None:
+    tensors = good()
+    tensors[A], tensors[B] = np.full((4, 24), 3e38, np.float32), np.full((24, 4), 3e38, np.float32)
+    with pytest.raises(UpdateRejected, match=f"'{B}': the update's norm"):
+        check(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("upload", [Factors.A, Factors.B])
+def test_only_the_factors_to_be_uploaded_are_expected(tmp_path: Path, upload: Factors) -> None:
+    assignment = dataclasses.replace(ASSIGNMENT, spec=dataclasses.replace(SPEC, upload=upload))
+    write_tensors(tmp_path / "update", {name: t for name, t in good().items() if name.endswith(upload.value)})
+    check_update(tmp_path / "update", assignment, MANIFEST, 1.0)
+    write_tensors(tmp_path / "update", good())
+    with pytest.raises(UpdateRejected, match="was not assigned"):
+        check_update(tmp_path / "update", assignment, MANIFEST)
+
+
+def test_an_assignment_that_does_not_fit_the_model_is_the_servers_mistake(tmp_path: Path) -> None:
+    wrong = dataclasses.replace(ASSIGNMENT, units=(UnitId(6),))
+    with pytest.raises(ValueError, match="layer 7"):
+        check_update(tmp_path / "update", wrong, MANIFEST)
