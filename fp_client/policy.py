@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field
 
 from common.config import Section, load
 from common.errors import PolicyError
-from common.types import Assignment, Gradient, ProbeTask, RunSpec, Start, TrainSpec
+from common.types import Assignment, Gradient, ProbeReport, ProbeTask, RunSpec, Start, TrainSpec
 
 FILE = "policy.toml"
 
@@ -35,18 +36,21 @@ class Policy(Section):
     upload_loss: bool = True
     """False: reports carry no held-out loss (0 of 0 tokens)."""
 
-    def check_plan(self, spec: RunSpec, samples: int) -> None:
-        """May this device take part in such a run, with that many training examples?"""
+    def check_plan(self, spec: RunSpec) -> None:
+        """May this device take part in such a run?"""
         if self.models is not None and spec.model not in self.models:
             raise PolicyError(f"{FILE}: models: {spec.model!r} is not among the allowed ({', '.join(self.models) or 'none'})")
         _at_most("max_rounds", self.max_rounds, "rounds", spec.rounds)
         _at_most("max_rank", self.max_rank, "a broadcast rank of", spec.broadcast_rank)
+        self._check_train(spec.train)
+        self._check_shape(spec.probe.batch_size, spec.probe.sequence_length)
+
+    def check_samples(self, samples: int) -> None:
+        """Does the device have enough training examples not to give single ones away?"""
         if samples < self.min_samples:
             raise PolicyError(
                 f"{FILE}: min_samples: this device has {samples} training examples, its policy wants {self.min_samples}"
             )
-        self._check_train(spec.train)
-        self._check_shape(spec.probe.batch_size, spec.probe.sequence_length)
 
     def check_probe(self, task: ProbeTask) -> None:
         """May this be measured and told?"""
@@ -56,6 +60,10 @@ class Policy(Section):
             raise PolicyError(f"{FILE}: upload_similarity is false, and the server asks for the similarity matrix")
         if not task.similarity and not self.upload_loss:
             raise PolicyError(f"{FILE}: upload_loss is false, and the server asks for nothing but the held-out loss")
+
+    def redact(self, report: ProbeReport) -> ProbeReport:
+        """A probe's report without what must not be told."""
+        return report if self.upload_loss else replace(report, loss=0.0, tokens=0)
 
     def check_assignment(self, task: Assignment) -> None:
         """May this be trained?"""

@@ -1,0 +1,286 @@
+"""The daemon's brain: what the server says comes in, work goes to the worker, reports go out.
+
+One task at a time. Any failure of a task is told to the server and the daemon lives on; only a refused
+identity, another schema, or a server that stays away end it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import Protocol
+
+from common.errors import (
+    AlreadyDone,
+    BudgetError,
+    FedPrunerError,
+    FingerprintError,
+    IdentityError,
+    InUseError,
+    ProtocolError,
+    TooLate,
+    UnreachableError,
+    WorkerError,
+)
+from common.transport.wire import Backoff
+from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, Progress, RunSpec, TaskFailed, TaskKey, UnitObject
+from fp_client.cache import ObjectCache
+from fp_client.messages import AdapterFile, TrainResult
+from fp_client.policy import Policy
+from fp_client.rpc import Cancel, DeviceSays, RunEnded, ServerSays, Session
+from fp_client.rpc_objects import Transfer
+from fp_client.state import Outbox, Runs
+
+log = logging.getLogger(__name__)
+
+SETTLED_SECONDS = 30.0
+"""A session that has lived this long, or brought a message, counts as a success for the backoff."""
+
+OnProgress = Callable[[str, int, int], None]
+Task = ProbeTask | Assignment
+
+
+class Work(Protocol):
+    """What a device does with its weights and data; see `fp_client.work`. Raises errors of `common.errors`."""
+
+    budget_bytes: int
+
+    async def fingerprint(self, spec: RunSpec, progress: OnProgress) -> str:
+        """Fingerprint of this device's weights of the run's model."""
+
+    async def plan(self, spec: RunSpec) -> PlanReport:
+        """Data counted and checked, capacities by the planner."""
+
+    async def probe(self, spec: RunSpec, task: ProbeTask, adapter: tuple[AdapterFile, ...], progress: OnProgress) -> ProbeReport:
+        """Run the probe."""
+
+    async def train(
+        self, spec: RunSpec, task: Assignment, adapter: tuple[AdapterFile, ...], out: Path, progress: OnProgress
+    ) -> TrainResult:
+        """Train; the update is written to `out`."""
+
+    async def close(self) -> None:
+        """End the worker process."""
+
+
+class Agent:
+    """Holds a session open and does what it brings, until stopped by cancellation."""
+
+    def __init__(
+        self, open_session: Callable[[], Awaitable[Session]], transfer: Transfer, work: Work, policy: Policy, cache: ObjectCache,
+        runs: Runs, outbox: Outbox, backoff: Backoff, beat_seconds: float = 5.0,
+    ) -> None:  # fmt: skip
+        self._open, self._transfer, self._work = open_session, transfer, work
+        self._policy, self._cache, self._runs, self._outbox = policy, cache, runs, outbox
+        self._backoff, self._beat_seconds = backoff, beat_seconds
+        self._session: Session | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._said: Task | None = None
+        self._last_probe: tuple[ProbeTask, ProbeReport] | None = None
+        self._plans: dict[RunSpec, asyncio.Task[None]] = {}
+        self._one = asyncio.Lock()
+        self._progress = ("", 0, 0)
+
+    async def run(self) -> None:
+        """Stay connected. Raises UnreachableError after bounded tries, IdentityError, ProtocolError (other schema)."""
+        failures = 0
+        try:
+            while True:
+                begin, self._heard = monotonic(), False
+                error = await self._one_session()
+                if isinstance(error, UnreachableError) and (self._heard or monotonic() - begin > SETTLED_SECONDS):
+                    failures = 0
+                failures += 1
+                if failures >= self._backoff.attempts:
+                    raise error
+                delay = self._backoff.delay(failures - 1)
+                log.warning("%s; try %d of %d in %.1f s", error, failures + 1, self._backoff.attempts, delay)
+                await asyncio.sleep(delay)
+        finally:
+            for plan in list(self._plans.values()):
+                await _cancel(plan)
+            await self._drop()
+            await self._work.close()
+
+    async def _one_session(self) -> FedPrunerError:
+        """One session to its end; why it ended, when that is worth another try."""
+        try:
+            session = await self._open()
+        except UnreachableError as error:
+            return error
+        log.info("connected as %r (server %s)", session.device, session.server_version)
+        self._session = session
+        try:
+            async for said in session:
+                self._heard = True
+                await self._handle(said)
+            return UnreachableError("the server ended the session")
+        except (IdentityError, InUseError):
+            raise
+        except FedPrunerError as error:
+            return error
+        finally:
+            self._session = None
+            await session.close()
+
+    async def _handle(self, said: ServerSays) -> None:
+        if isinstance(said, RunSpec):
+            if said not in self._plans:
+                self._plans[said] = plan = asyncio.create_task(self._plan(said))
+                plan.add_done_callback(lambda _: self._plans.pop(said, None))
+        elif isinstance(said, Cancel):
+            log.info("run %s, round %d: task dropped (%s)", said.key.run, said.key.round + 1, said.reason)
+            if self._said is not None and self._said.key == said.key:
+                await self._drop()
+            self._outbox.drop_task(said.key)
+        elif isinstance(said, RunEnded):
+            log.info("run %s: %s", said.run, said.outcome)
+            if self._said is not None and self._said.key.run == said.run:
+                await self._drop()
+            self._runs.forget(said.run)
+            self._outbox.drop(said.run)
+        else:
+            await self._begin(said)
+
+    async def _begin(self, said: Task) -> None:
+        running = self._task is not None and not self._task.done()
+        if running and self._said == said:
+            log.info("run %s, round %d: the running task was sent again; it goes on", said.key.run, said.key.round + 1)
+            return
+        if self._last_probe is not None and self._last_probe[0] == said:
+            await self._tell(self._last_probe[1])
+            return
+        await self._drop()
+        self._said, self._task = said, asyncio.create_task(self._do(said))
+
+    async def _drop(self) -> None:
+        """Stop the task under way; its worker is killed."""
+        task, self._task, self._said = self._task, None, None
+        if task is not None:
+            await _cancel(task)
+
+    async def _tell(self, value: DeviceSays) -> None:
+        """Say it if a session is open; what is lost is asked for again by the server."""
+        if self._session is not None:
+            with suppress(FedPrunerError):
+                await self._session.send(value)
+
+    async def _plan(self, spec: RunSpec) -> None:
+        fingerprint = ""
+        try:
+            self._policy.check_plan(spec)
+            async with self._one:
+                fingerprint = await self._work.fingerprint(spec, self._note)
+                _same_weights(spec, fingerprint)
+                report = await self._work.plan(spec)
+            self._policy.check_samples(report.samples)
+            await asyncio.to_thread(self._runs.remember, spec)
+            log.info("run %s: can take part: %s", spec.run, ", ".join(f"{c.gradient} {c.units} units" for c in report.capacities))
+        except FedPrunerError as error:
+            report = self._refusal(spec, fingerprint, error)
+        except Exception as error:
+            log.exception("run %s: the plan failed", spec.run)
+            report = self._refusal(spec, fingerprint, WorkerError(f"unexpected {type(error).__name__}: {error}"))
+        await self._tell(report)
+
+    def _refusal(self, spec: RunSpec, fingerprint: str, error: FedPrunerError) -> PlanReport:
+        log.warning("run %s: this device can't take part: %s", spec.run, error)
+        smallest = error.smallest if isinstance(error, BudgetError) else 0
+        why = f"{type(error).__name__}: {error}"
+        return PlanReport(spec.run, 0, fingerprint, (), (), smallest, why, self._work.budget_bytes)
+
+    async def _do(self, said: Task) -> None:
+        key, kind = said.key, "probe" if isinstance(said, ProbeTask) else "train"
+        where = f"run {key.run}, round {key.round + 1}, {kind}"
+        self._progress = ("fetch", 0, 0)
+        beat = asyncio.create_task(self._beat(key))
+        try:
+            async with self._one:
+                log.info("%s: begins", where)
+                spec = self._runs.get(key.run)
+                if isinstance(said, ProbeTask):
+                    await self._probe(spec, said)
+                else:
+                    await self._train(spec, said)
+                log.info("%s: done", where)
+        except (TooLate, AlreadyDone) as error:
+            log.warning("%s: the server has no use for it any more: %s", where, error)
+            self._outbox.drop_task(key)
+        except FedPrunerError as error:
+            log.error("%s: failed: %s: %s", where, type(error).__name__, error)
+            if isinstance(error, ProtocolError):  # the server refused these bytes; it would again
+                self._outbox.drop_task(key)
+            await self._tell(TaskFailed(key, type(error).__name__, str(error)))
+        except Exception as error:
+            log.exception("%s: failed", where)
+            await self._tell(TaskFailed(key, WorkerError.__name__, f"unexpected {type(error).__name__}: {error}"))
+        finally:
+            await _cancel(beat)
+
+    async def _probe(self, spec: RunSpec, task: ProbeTask) -> None:
+        self._policy.check_probe(task)
+        _same_weights(spec, await self._work.fingerprint(spec, self._note))
+        adapter = await self._fetch(task.adapter)
+        report = self._policy.redact(await self._work.probe(spec, task, adapter, self._note))
+        self._last_probe = (task, report)
+        await self._tell(report)
+
+    async def _train(self, spec: RunSpec, task: Assignment) -> None:
+        self._policy.check_assignment(task)
+        ready = await asyncio.to_thread(self._outbox.find, task)
+        if ready is None:
+            _same_weights(spec, await self._work.fingerprint(spec, self._note))
+            adapter = await self._fetch(task.adapter)
+            out = self._outbox.blank(task.key.run)
+            result = await self._work.train(spec, task, adapter, out, self._note)
+            ready = await asyncio.to_thread(self._outbox.put, task, out, result.metrics)
+        else:
+            log.info("run %s, round %d: already trained; pushing the update that was kept", task.key.run, task.key.round + 1)
+        await self._transfer.push(ready, self._outbox.path(task.key.run), lambda done, total: self._note("push", done, total))
+
+    async def _fetch(self, adapter: tuple[UnitObject, ...]) -> tuple[AdapterFile, ...]:
+        total, done = sum(item.ref.size for item in adapter), 0
+        keep, files = frozenset(item.ref.digest for item in adapter), []
+        for item in adapter:
+            before = done
+            path = await self._cache.get(
+                item.ref,
+                lambda ref, path, before=before: self._transfer.fetch(  # type: ignore[misc]
+                    ref, path, lambda got, _: self._note("fetch", before + got, total)
+                ),
+                keep,
+            )
+            done += item.ref.size
+            self._note("fetch", done, total)
+            files.append(AdapterFile(item.layer, str(path)))
+        return tuple(files)
+
+    def _note(self, phase: str, done: int, total: int) -> None:
+        self._progress = (phase, done, total)
+
+    async def _beat(self, key: TaskKey) -> None:
+        """Tell the progress: at once when it moves, at least every `beat_seconds` otherwise."""
+        told, when = None, monotonic()
+        while True:
+            await asyncio.sleep(min(1.0, self._beat_seconds))
+            if self._progress != told or monotonic() - when >= self._beat_seconds:
+                told, when = self._progress, monotonic()
+                await self._tell(Progress(key, *told))
+
+
+def _same_weights(spec: RunSpec, found: str) -> None:
+    if found != spec.fingerprint:
+        raise FingerprintError(
+            f"model {spec.model!r}: this device's base weights are {found[:16]}…, the run's are {spec.fingerprint[:16]}…; "
+            "use the same checkpoint as the operator's"
+        )
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    """Cancel and wait; being cancelled ourselves meanwhile is passed on."""
+    task.cancel()
+    await asyncio.wait([task])

@@ -1,0 +1,112 @@
+"""What the daemon remembers on disk: the runs it has joined, and updates the server may not have yet.
+
+Both survive `kill -9`: a file is written whole under a temporary name, synced, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from common.codec import from_json, to_json
+from common.errors import NotFound
+from common.types import Assignment, ObjectRef, RunSpec, TaskKey, UpdateMetrics, UpdateReady
+from fp_client.cache import file_digest, storage_error
+
+
+def _write(path: Path, value: object) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as out:
+            json.dump(value, out)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise storage_error(path, error) from None
+
+
+def work_digest(task: Assignment) -> str:
+    """sha256 of everything an assignment asks for: an update answers this very assignment or none."""
+    return hashlib.sha256(json.dumps(to_json(task), sort_keys=True).encode()).hexdigest()
+
+
+class Runs:
+    """The RunSpecs of the runs this device has joined: tasks name their run, but not its model."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def remember(self, spec: RunSpec) -> None:
+        """Keep a run's spec. Raises StorageError."""
+        _write(self.directory / f"{spec.run}.json", to_json(spec))
+
+    def get(self, run: str) -> RunSpec:
+        """Raises NotFound when this device has not joined such a run."""
+        try:
+            return from_json(RunSpec, json.loads((self.directory / f"{run}.json").read_text()))
+        except (OSError, ValueError):
+            raise NotFound(f"run {run!r}: this device has not joined it; send it a plan request first") from None
+
+    def forget(self, run: str) -> None:
+        """The run is over."""
+        (self.directory / f"{run}.json").unlink(missing_ok=True)
+
+
+class Outbox:
+    """At most one finished update a run: kept until a later one or the run's end, so that it is never trained twice."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def blank(self, run: str) -> Path:
+        """Where a task may write its update. Raises StorageError."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(self.directory, error) from None
+        return self.directory / f"{run}.new.safetensors"
+
+    def put(self, task: Assignment, update: Path, metrics: UpdateMetrics) -> UpdateReady:
+        """Take a written update in; what was there for its run goes. Raises StorageError."""
+        run = task.key.run
+        ready = UpdateReady(task.key, ObjectRef(file_digest(update), update.stat().st_size), metrics)
+        self.drop(run)
+        try:
+            update.replace(self.path(run))
+        except OSError as error:
+            raise storage_error(self.path(run), error) from None
+        _write(self.directory / f"{run}.json", {"work": work_digest(task), "ready": to_json(ready)})
+        return ready
+
+    def path(self, run: str) -> Path:
+        """The file of a run's update."""
+        return self.directory / f"{run}.safetensors"
+
+    def find(self, task: Assignment) -> UpdateReady | None:
+        """The update that answers this very assignment, with its bytes intact, or None."""
+        try:
+            entry = json.loads((self.directory / f"{task.key.run}.json").read_text())
+            ready = from_json(UpdateReady, entry["ready"])
+            if entry["work"] == work_digest(task) and file_digest(self.path(task.key.run)) == ready.ref.digest:
+                return ready
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def drop_task(self, key: TaskKey) -> None:
+        """Drop a run's update if it is of this task."""
+        try:
+            entry = json.loads((self.directory / f"{key.run}.json").read_text())
+            if from_json(UpdateReady, entry["ready"]).key == key:
+                self.drop(key.run)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+
+    def drop(self, run: str) -> None:
+        """Drop a run's update; the note goes first, so that no note ever names bytes that are gone or others."""
+        for path in (self.directory / f"{run}.json", self.path(run)):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,190 @@
+"""A small server for the device's tests: real mTLS gRPC, scripted sessions, objects that can be cut."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+from cryptography import x509
+from fake_ca import FakeCa
+
+from common.errors import FedPrunerError, TokenError
+from common.pb import enroll_pb2, enroll_pb2_grpc, objects_pb2, objects_pb2_grpc, session_pb2, session_pb2_grpc
+from common.token import JoinToken
+from common.transport import tls, wire
+
+SECRET = "s" * 43
+
+
+class FakeEnrollment(enroll_pb2_grpc.EnrollmentServicer):
+    def __init__(self, ca: FakeCa, shown_ca: FakeCa) -> None:
+        self.ca, self.shown = ca, shown_ca
+        self.requests: list[enroll_pb2.EnrollRequest] = []
+        self.error: FedPrunerError | None = None
+        self.lose_replies = 0
+        self.used_by: bytes | None = None
+
+    async def GetCa(self, request, context):  # noqa: N802
+        return enroll_pb2.GetCaReply(ca_pem=self.shown.pem.decode())
+
+    async def Enroll(self, request, context):  # noqa: N802
+        self.requests.append(request)
+        key = x509.load_pem_x509_csr(request.csr_pem.encode()).public_key()
+        raw = key.public_bytes(tls.serialization.Encoding.DER, tls.serialization.PublicFormat.SubjectPublicKeyInfo)
+        if self.error or request.secret != SECRET or self.used_by not in (None, raw):
+            await wire.abort(context, self.error or TokenError("token unknown, used or expired"))
+        self.used_by = raw
+        if self.lose_replies:
+            self.lose_replies -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+        return enroll_pb2.EnrollReply(certificate_pem=self.ca.device("alice", key).decode(), name="alice", role="device")
+
+
+class FakeSessions(session_pb2_grpc.SessionsServicer):
+    """Every session is announced in `opened`; what the device says is in `said`, what to tell it goes into `tell`."""
+
+    def __init__(self) -> None:
+        self.opened = 0
+        self.said: asyncio.Queue[Any] = asyncio.Queue()
+        self.tell: asyncio.Queue[Any] = asyncio.Queue()
+        self.refuse: FedPrunerError | None = None
+        self.schemas: list[str] = []
+
+    async def Open(self, requests, context):  # noqa: N802
+        hello = await anext(aiter(requests))
+        self.schemas.append(hello.hello.schema)
+        if self.refuse:
+            await wire.abort(context, self.refuse)
+        self.opened += 1
+        peer = tls.peer_of(context.auth_context())
+        yield session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version="fake"))
+
+        async def listen() -> None:
+            async for message in requests:
+                await self.said.put(message)
+            await self.tell.put(None)
+
+        listening = asyncio.create_task(listen())
+        try:
+            while (message := await self.tell.get()) is not None:
+                if message == "cut":
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+                yield message
+        finally:
+            listening.cancel()
+
+    async def next(self, kind: str, skip: tuple[str, ...] = ("progress",)) -> Any:
+        """The next message that is not of `skip`; it must be of `kind`."""
+        async with asyncio.timeout(30):
+            while True:
+                message = await self.said.get()
+                body = message.WhichOneof("body")
+                if body not in skip or body == kind:
+                    assert body == kind, message
+                    return getattr(message, kind)
+
+
+class FakeObjects(objects_pb2_grpc.ObjectsServicer):
+    """`cuts`: after that many bytes in all, a transfer is cut, once each."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.offsets: list[int] = []
+        self.cuts: list[int] = []
+        self.received = bytearray()
+        self.bytes_in = 0
+        self.pushes = 0
+        self.accepted: dict[str, bytes] = {}
+        self.error: FedPrunerError | None = None
+        self.lose_replies = 0
+
+    def put(self, data: bytes) -> Any:
+        from common.types import ObjectRef
+
+        digest = hashlib.sha256(data).hexdigest()
+        self.objects[digest] = data
+        return ObjectRef(digest, len(data))
+
+    async def Fetch(self, request, context):  # noqa: N802
+        self.offsets.append(request.offset)
+        data = self.objects[request.digest]
+        end = self.cuts.pop(0) if self.cuts else len(data)
+        for start in range(request.offset, end, wire.CHUNK):
+            yield objects_pb2.Chunk(data=data[start : min(start + wire.CHUNK, end)])
+        if end < len(data):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+
+    async def Offset(self, request, context):  # noqa: N802
+        if self.error:
+            await wire.abort(context, self.error)
+        if request.ref.digest in self.accepted:
+            return objects_pb2.OffsetReply(accepted=True)
+        return objects_pb2.OffsetReply(offset=len(self.received))
+
+    async def Push(self, requests, context):  # noqa: N802
+        self.pushes += 1
+        header = None
+        cut = self.cuts.pop(0) if self.cuts else None
+        async for message in requests:
+            if message.WhichOneof("body") == "header":
+                header = message.header
+                assert header.offset == len(self.received)
+                self.offsets.append(header.offset)
+                continue
+            data = message.chunk.data
+            assert len(data) <= wire.CHUNK
+            self.bytes_in += len(data)
+            self.received += data if cut is None else data[: max(0, cut - len(self.received))]
+            if cut is not None and len(self.received) >= cut:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+        assert hashlib.sha256(self.received).hexdigest() == header.ref.digest
+        self.accepted[header.ref.digest] = bytes(self.received)
+        self.received.clear()
+        if self.lose_replies:
+            self.lose_replies -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+        return objects_pb2.PushReply()
+
+
+class FakeServer:
+    def __init__(self, ca: FakeCa, shown_ca: FakeCa | None = None) -> None:
+        self.ca = ca
+        self.enrollment = FakeEnrollment(ca, shown_ca or ca)
+        self.sessions, self.objects = FakeSessions(), FakeObjects()
+        self.port = self.enroll_port = 0
+        self._server: Any = None
+
+    @property
+    def address(self) -> str:
+        return f"localhost:{self.port}"
+
+    def token(self, **changes: str) -> str:
+        values = {"enroll": f"localhost:{self.enroll_port}", "server": self.address, "ca": self.ca.digest, "secret": SECRET}
+        return JoinToken(**{**values, **changes}).encode()
+
+    async def start(self) -> None:
+        certificate, key = self.ca.server()
+        self._server = grpc.aio.server(options=wire.options(wire.SERVER_OPTIONS))
+        enroll_pb2_grpc.add_EnrollmentServicer_to_server(self.enrollment, self._server)
+        session_pb2_grpc.add_SessionsServicer_to_server(self.sessions, self._server)
+        objects_pb2_grpc.add_ObjectsServicer_to_server(self.objects, self._server)
+        self.port = self._server.add_secure_port(f"localhost:{self.port}", tls.server_credentials(certificate, key, self.ca.pem))
+        self.enroll_port = self._server.add_secure_port("localhost:0", tls.server_credentials(certificate, key, None))
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(0)
+
+
+@contextlib.asynccontextmanager
+async def serving(ca: FakeCa | None = None, shown_ca: FakeCa | None = None) -> AsyncIterator[FakeServer]:
+    server = FakeServer(ca or FakeCa.make(), shown_ca)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()

@@ -1,0 +1,156 @@
+"""`fp-client join` against a real TLS enrollment port."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+
+import pytest
+from fake_ca import FakeCa
+from fake_server import SECRET, serving
+
+from common.errors import IdentityError, TokenError, UnreachableError
+from common.transport import tls
+from common.transport.wire import Backoff
+from fp_client.config import load_config
+from fp_client.enroll import join, write_server
+from fp_client.rpc import Connection
+
+QUICK = Backoff(first=0.01, longest=0.02, attempts=3)
+
+
+def test_join_fills_the_directory_and_the_certificate_opens_a_session(tmp_path):
+    async def main():
+        async with serving() as server:
+            joined = await join(server.token(), tmp_path / "d", QUICK)
+            assert (joined.name, joined.role, joined.server) == ("alice", "device", server.address)
+            connection = Connection(tmp_path / "d", server.address)
+            session = await connection.open()
+            assert session.device == "alice"
+            await session.close()
+            await connection.close()
+
+    asyncio.run(main())
+    assert stat.S_IMODE((tmp_path / "d/device.key").stat().st_mode) == 0o600
+    assert load_config(tmp_path / "d").server.startswith("localhost:")
+
+
+def test_another_ca_is_refused_before_the_secret_is_said(tmp_path):
+    async def main():
+        async with serving() as server:
+            with pytest.raises(IdentityError, match="CA is not the token's"):
+                await join(server.token(ca=FakeCa.make().digest), tmp_path, QUICK)
+            assert server.enrollment.requests == []
+
+    asyncio.run(main())
+
+
+def test_a_server_that_shows_the_right_ca_but_has_no_certificate_of_it_learns_nothing(tmp_path):
+    """A man in the middle can show the real CA; only its key is missing to him."""
+
+    async def main():
+        real = FakeCa.make()
+        async with serving(FakeCa.make(), shown_ca=real) as server:
+            with pytest.raises((IdentityError, UnreachableError)):
+                await join(server.token(ca=real.digest), tmp_path, QUICK)
+            assert server.enrollment.requests == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("text", ["", "fp1.", "fp1.abc", "hello", "fp1." + "A" * 5000])
+def test_what_is_no_token(tmp_path, text):
+    with pytest.raises(TokenError, match="not a join token"):
+        asyncio.run(join(text, tmp_path))
+
+
+def test_a_used_or_unknown_token(tmp_path):
+    async def main():
+        async with serving() as server:
+            with pytest.raises(TokenError, match="unknown, used or expired"):
+                await join(server.token(secret="x" * 43), tmp_path, QUICK)
+            assert not (tmp_path / "device.pem").exists()
+
+    asyncio.run(main())
+
+
+def test_a_lost_reply_is_retried_with_the_same_key(tmp_path):
+    async def main():
+        async with serving() as server:
+            server.enrollment.lose_replies = 1
+            await join(server.token(), tmp_path, QUICK)
+            first, second = server.enrollment.requests
+            assert first.secret == SECRET and first.csr_pem == second.csr_pem
+
+    asyncio.run(main())
+
+
+def test_a_lost_reply_can_be_retried_by_a_second_command(tmp_path):
+    async def main():
+        async with serving() as server:
+            server.enrollment.lose_replies = 3
+            with pytest.raises(UnreachableError):
+                await join(server.token(), tmp_path, QUICK)
+            key = (tmp_path / "device.key").read_bytes()
+            await join(server.token(), tmp_path, QUICK)
+            assert (tmp_path / "device.key").read_bytes() == key
+
+    asyncio.run(main())
+
+
+def test_a_directory_that_has_joined_is_left_alone(tmp_path):
+    async def main():
+        async with serving() as server:
+            await join(server.token(), tmp_path, QUICK)
+            with pytest.raises(IdentityError, match="already joined"):
+                await join(server.token(), tmp_path, QUICK)
+
+    asyncio.run(main())
+
+
+def test_nobody_listens(tmp_path):
+    async def main():
+        async with serving() as server:
+            token = server.token(enroll="localhost:1")
+        with pytest.raises(UnreachableError, match="localhost:1"):
+            await join(token, tmp_path, QUICK)
+
+    asyncio.run(main())
+
+
+def test_the_secret_and_the_key_are_in_no_message(tmp_path, caplog):
+    async def main():
+        said: list[str] = []
+        async with serving() as server:
+            await join(server.token(), tmp_path, QUICK, said.append)
+        return said
+
+    text = "\n".join(asyncio.run(main())) + caplog.text
+    assert SECRET not in text and "PRIVATE" not in text and "fp1." not in text
+
+
+def test_join_keeps_what_the_owner_wrote(tmp_path):
+    path = tmp_path / "client.toml"
+    path.write_text('# mine\nserver = "old:1"\nthreads = 2\n\n[budget]\nhost = "1GiB"  # enough\n')
+    write_server(path, "new:2")
+    assert path.read_text() == '# mine\nserver = "new:2"\nthreads = 2\n\n[budget]\nhost = "1GiB"  # enough\n'
+    path.write_text('[budget]\nhost = "1GiB"\n')
+    write_server(path, "new:2")
+    assert load_config(tmp_path).server == "new:2"
+    assert load_config(tmp_path).budget.host == 1 << 30
+
+
+def test_the_example_configuration_is_valid_with_and_without_its_comments(tmp_path):
+    import re
+
+    path = tmp_path / "client.toml"
+    write_server(path, "host:1")
+    assert load_config(tmp_path).server == "host:1"
+    path.write_text(re.sub(r"(?m)^# (?=\[|[a-z_]+ = )", "", path.read_text()))
+    config = load_config(tmp_path)
+    assert config.models and config.data is not None and config.budget.device == 3 * 10**9
+
+
+def test_key_file_is_never_readable_by_others(tmp_path):
+    tls.write_private(tmp_path / "k", b"x")
+    assert stat.S_IMODE((tmp_path / "k").stat().st_mode) == 0o600
