@@ -162,13 +162,25 @@ def dump_manifest(manifest: ModelManifest) -> str:
     return json.dumps(asdict(manifest), indent=1) + "\n"
 
 
-def load_manifest(path: Path) -> ModelManifest:
-    """Raises ModelError when the file is not a manifest."""
+def manifest_from_json(text: str, source: str) -> ModelManifest:
+    """Raises ModelError when the text is not a manifest."""
     try:
-        raw = json.loads(path.read_text())
-        modules = tuple(ModuleShape(**m) for m in raw.pop("modules"))
-        return ModelManifest(modules=modules, **raw)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such manifest (make one with `fp-client manifest`)") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"{path}: not a model manifest ({error})") from None
+        raw = json.loads(text)
+        modules = tuple(ModuleShape(str(m["name"]), int(m["d_out"]), int(m["d_in"])) for m in raw["modules"])
+        manifest = ModelManifest(
+            str(raw["name"]), str(raw["family"]), int(raw["layers"]), int(raw["hidden"]), int(raw["vocab"]),
+            modules, str(raw["fingerprint"]),
+        )  # fmt: skip
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{source}: not a model manifest ({type(error).__name__}: {error})") from None
+    if not modules or manifest.layers < 1 or re.fullmatch("[0-9a-f]{64}", manifest.fingerprint) is None:
+        raise ModelError(f"{source}: not a model manifest (no modules, layers or fingerprint)")
+    return manifest
+
+
+def load_manifest(path: Path) -> ModelManifest:
+    """A manifest file. Raises ModelError when it is missing or no manifest."""
+    try:
+        return manifest_from_json(path.read_text(), str(path))
+    except OSError as error:
+        raise ModelError(f"{path}: can't be read: {error.strerror}; make one with `fp-client manifest`") from None

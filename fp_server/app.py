@@ -1,0 +1,165 @@
+"""One server process: its directory, its ports, its lifetime."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from common import config as configuration
+from common.errors import ConfigError, IdentityError, InUseError
+from common.pb import admin_pb2_grpc, enroll_pb2_grpc, objects_pb2_grpc, session_pb2_grpc
+from common.transport.tls import check_validity, server_credentials
+from common.transport.wire import SERVER_OPTIONS, options
+from fp_server.admin import Admin, Enrollment
+from fp_server.config import ServerConfig
+from fp_server.coordinator import Coordinator
+from fp_server.identity import Authority, create_authority
+from fp_server.log import Database, EventLog
+from fp_server.objects import ObjectStore, sync_directory
+from fp_server.service import Sessions
+from fp_server.transfer import Objects
+
+logger = logging.getLogger("fp_server")
+
+GRACE = 5.0
+"""Seconds that calls under way get when the server stops."""
+ENROLL_MESSAGE = 64 << 10
+"""Bytes an enrollment message may have: anyone may send one."""
+CONFIG_TEMPLATE = """\
+# Written by `fp-server init`; every key is explained in docs/run-a-server.md.
+names = [{names}]
+listen = "{listen}"
+port = {port}
+enroll_port = {enroll_port}
+"""
+
+
+def initialise(directory: Path, names: list[str], listen: str, port: int, enroll_port: int) -> None:
+    """Make a data directory with a CA, the server's and an operator's certificate.
+
+    Raises ConfigError when the directory was initialised before: nothing is ever overwritten.
+    """
+    if (directory / "server.toml").exists():
+        raise ConfigError(f"{directory}: already initialised (it has a server.toml); choose another --dir")
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o700)
+    every = list(dict.fromkeys([*names, "localhost", "127.0.0.1"]))
+    text = CONFIG_TEMPLATE.format(
+        names=", ".join(json.dumps(name) for name in every), listen=listen, port=port, enroll_port=enroll_port
+    )
+    config = configuration.parse(text, ServerConfig, "fp-server init")
+    create_authority(directory, every)
+    database = Database(directory / "log.sqlite")
+    try:
+        Authority(directory, database).create_operator("operator", config.certificate_days)
+    finally:
+        database.close()
+    temporary = directory / "server.toml.tmp"
+    temporary.write_text(text)
+    temporary.replace(directory / "server.toml")
+    sync_directory(directory)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the data directory. Raises InUseError when another server does, ConfigError when there is none."""
+    if not (directory / "server.toml").exists():
+        raise ConfigError(f"{directory}: not a server directory; run `fp-server init --dir {directory} --name HOST` first")
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUseError(f"{directory}: another fp-server is running on this directory") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a running server listens."""
+
+    port: int
+    enroll_port: int
+
+
+def read_endpoint(directory: Path) -> Endpoint:
+    """Where the server of a directory listens (or last listened). Raises ConfigError."""
+    config = configuration.load(directory / "server.toml", ServerConfig)
+    try:
+        return Endpoint(**json.loads((directory / "endpoint.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return Endpoint(config.port, config.enroll_port)
+
+
+def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> int:
+    try:
+        port = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise InUseError(f"{address}: can't listen there; is the port in use, or the address not this machine's?")
+    return port
+
+
+async def serve(directory: Path) -> None:
+    """Run until SIGTERM or SIGINT. Raises InUseError, StorageError, IdentityError or ConfigError at the start."""
+    with locked(directory):
+        config = configuration.load(directory / "server.toml", ServerConfig)
+        check_validity(directory / "server.pem")
+        database = Database(directory / "log.sqlite")
+        try:
+            await _serve(directory, config, database)
+        finally:
+            database.close()
+
+
+async def _serve(directory: Path, config: ServerConfig, database: Database) -> None:
+    store, authority = ObjectStore(directory), Authority(directory, database)
+    store.clear_scratch()
+    coordinator = Coordinator(config, EventLog(database), store)
+    try:
+        certificate, key, ca = ((directory / name).read_bytes() for name in ("server.pem", "server.key", "ca.pem"))
+    except OSError as error:
+        raise IdentityError(f"{directory}: {error.filename}: {error.strerror}; was `fp-server init` interrupted?") from None
+    main = grpc.aio.server(options=options(SERVER_OPTIONS))
+    enroll = grpc.aio.server(options=options(SERVER_OPTIONS, max_receive_message_length=ENROLL_MESSAGE))
+    port = _bind(main, f"{config.listen}:{config.port}", server_credentials(certificate, key, ca))
+    enroll_port = _bind(enroll, f"{config.listen}:{config.enroll_port}", server_credentials(certificate, key, None))
+    name = config.names[0]
+    session_pb2_grpc.add_SessionsServicer_to_server(Sessions(coordinator, authority), main)
+    objects_pb2_grpc.add_ObjectsServicer_to_server(Objects(coordinator, authority), main)
+    admin_pb2_grpc.add_AdminServicer_to_server(Admin(coordinator, authority, f"{name}:{enroll_port}", f"{name}:{port}"), main)
+    enroll_pb2_grpc.add_EnrollmentServicer_to_server(Enrollment(authority, config.certificate_days), enroll)
+    checks = health.aio.HealthServicer()
+    for server in (main, enroll):
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    await coordinator.start()
+    await main.start()
+    await enroll.start()
+    await checks.set("", health_pb2.HealthCheckResponse.SERVING)
+    temporary = directory / "endpoint.json.tmp"
+    temporary.write_text(json.dumps({"port": port, "enroll_port": enroll_port}))
+    temporary.replace(directory / "endpoint.json")
+    logger.info("serving %s on port %d (enrollment on %d)", ", ".join(config.names), port, enroll_port)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stopping.set)
+    await stopping.wait()
+    logger.info("stopping")
+    await checks.enter_graceful_shutdown()
+    await coordinator.stop()
+    await asyncio.gather(main.stop(GRACE), enroll.stop(GRACE))

@@ -1,0 +1,221 @@
+"""The `fp-server` command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+# One BLAS thread: the same sums in the same order on every machine, and no idle thread pools for months.
+for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import typer
+from rich.console import Console
+
+from common.errors import ConfigError, FedPrunerError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    help="The FedPruner aggregation server. Torch-free; it never sees training data.",
+)  # fmt: skip
+out, err = Console(), Console(stderr=True)
+
+Directory = Annotated[Path, typer.Option("--dir", envvar="FP_SERVER_DIR", help="The server's data directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Run = Annotated[str, typer.Argument(help="The run's name; the active or newest one if left out.")]
+HERE = Path("fp-server-data")
+
+
+def _duration(text: str) -> int:
+    match = re.fullmatch(r"(\d+)([smhd]?)", text)
+    if match is None:
+        raise ConfigError(f"--ttl: {text!r} is not a duration (for example 90s, 30m, 24h, 7d)")
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
+
+
+@app.command(epilog="Example: `fp-server init --dir /srv/fp --name fp.example.org --name 10.0.0.5`")
+def init(
+    name: Annotated[list[str], typer.Option(help="A host name or address devices reach this server by; repeatable.")],
+    dir: Directory = HERE,
+    listen: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="Main port (mTLS); 0 picks a free one at each start.")] = 7443,
+    enroll_port: Annotated[int, typer.Option(help="Enrollment port; 0 picks a free one at each start.")] = 7444,
+) -> None:
+    """Make a data directory: a CA, the server's certificate and an operator's."""
+    from fp_server.app import initialise
+
+    initialise(dir, name, listen, port, enroll_port)
+    out.print(f"initialised {dir} for {', '.join(name)}\nnext: fp-server run --dir {dir}", highlight=False)
+
+
+@app.command(epilog="Example: `fp-server run --dir /srv/fp`")
+def run(
+    dir: Directory = HERE, verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debug lines too.")] = False
+) -> None:
+    """Serve until SIGTERM; takes up again whatever was under way."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s"
+    )
+    for noisy in ("grpc", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from fp_server.app import serve
+
+    asyncio.run(serve(dir))
+
+
+@app.command(epilog="Example: `fp-server token phone-17 --ttl 24h`")
+def token(
+    name: Annotated[str, typer.Argument(help="The device's name, unique in the federation.")],
+    dir: Directory = HERE,
+    role: Annotated[str, typer.Option(help="device or operator.")] = "device",
+    ttl: Annotated[str, typer.Option(help="How long it can be used: 90s, 30m, 24h, 7d.")] = "24h",
+) -> None:
+    """Print a one-time join token for `fp-client join`."""
+    from fp_server.operator import Operator
+
+    print(Operator(dir).token(name, role, _duration(ttl)))  # noqa: T201  plain, so that it can be piped
+
+
+@app.command(epilog="Example: `fp-server revoke phone-17`")
+def revoke(name: Annotated[str, typer.Argument(help="Whose certificates.")], dir: Directory = HERE) -> None:
+    """Revoke every certificate of a name and hang up its session."""
+    from fp_server.operator import Operator
+
+    out.print(f"revoked {Operator(dir).revoke(name)} certificate(s) of {name}", highlight=False)
+
+
+@app.command(epilog="Example: `fp-server start run.toml`")
+def start(
+    file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file; docs/configure-a-run.md explains every key.")],
+    dir: Directory = HERE,
+) -> None:
+    """Start a run. Reads the model's shapes and fingerprint from the checkpoint or manifest the file names."""
+    from common import config as configuration
+    from common.checkpoint import Checkpoint, cached_fingerprint, load_manifest
+    from fp_server.config import RunConfig
+    from fp_server.operator import Operator
+
+    config = configuration.load(file, RunConfig)
+    if config.model.manifest is not None:
+        manifest = load_manifest(file.parent / config.model.manifest)
+    else:
+        assert config.model.path is not None, "the configuration demands one of them"
+        checkpoint = Checkpoint(file.parent / config.model.path)
+        with err.status(f"fingerprinting {checkpoint.directory}") as shown:
+            fingerprint = cached_fingerprint(
+                checkpoint, dir / "cache", lambda done, total: shown.update(f"fingerprinting {done / total:.0%}")
+            )
+        manifest = checkpoint.manifest(config.model.name, fingerprint)
+    config.targets(manifest)
+    name = Operator(dir).start(file.read_text(), manifest)
+    out.print(f"run {name} started\nwatch it: fp-server status --watch --dir {dir}", highlight=False)
+
+
+@app.command(epilog="Examples: `fp-server status --watch`, `fp-server status my-run --json | jq .loss`")
+def status(
+    run: Run = "",
+    dir: Directory = HERE,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until the run ends.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show a run: devices, rounds, drawn layers, losses, bytes and peaks."""
+    from fp_server.operator import Operator
+    from fp_server.views import status_view
+
+    operator = Operator(dir)
+    if watch:
+        asyncio.run(_watch(operator, run, json_))
+    elif json_:
+        print(json.dumps(operator.status(run), indent=1))  # noqa: T201
+    else:
+        out.print(status_view(operator.status(run)))
+
+
+async def _watch(operator: Any, run: str, json_: bool) -> None:
+    from rich.live import Live
+
+    from fp_server.views import status_view
+
+    async def follow(show: Callable[[dict[str, Any]], object]) -> None:
+        async for seen in operator.watch(run):
+            show(seen)
+            if seen["state"] in ("finished", "stopped"):
+                return
+
+    if json_:
+        await follow(lambda seen: print(json.dumps(seen), flush=True))  # noqa: T201
+    else:
+        with Live(console=out, auto_refresh=False, vertical_overflow="visible") as live:
+            await follow(lambda seen: live.update(status_view(seen), refresh=True))
+
+
+def _control(dir: Path, run: str, action: str) -> None:
+    from fp_server.operator import Operator
+
+    state = Operator(dir).control(run, action)
+    out.print(f"run {run or '(active)'}: {state}" + (" after the round under way" if action == "pause" else ""), highlight=False)
+
+
+@app.command()
+def pause(run: Run = "", dir: Directory = HERE) -> None:
+    """Open no new round; the one under way is completed."""
+    _control(dir, run, "pause")
+
+
+@app.command()
+def resume(run: Run = "", dir: Directory = HERE) -> None:
+    """Let a paused run go on."""
+    _control(dir, run, "resume")
+
+
+@app.command()
+def stop(run: Run = "", dir: Directory = HERE) -> None:
+    """End a run for good; what was committed can be exported."""
+    _control(dir, run, "stop")
+
+
+@app.command()
+def runs(dir: Directory = HERE, json_: Json = False) -> None:
+    """List all runs, newest first."""
+    from fp_server.operator import Operator
+    from fp_server.views import runs_table
+
+    found = Operator(dir).runs()
+    if json_:
+        print(json.dumps(found, indent=1))  # noqa: T201
+    else:
+        out.print(runs_table(found))
+
+
+@app.command(epilog="Example: `fp-server export my-run --out adapter/` then load it with PEFT, or `fp-client merge`.")
+def export(
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist.")],
+    run: Run = "",
+    dir: Directory = HERE,
+    rank: Annotated[int | None, typer.Option(help="Largest rank a module; without it nothing is lost.")] = None,
+    base: Annotated[str, typer.Option(help="What to call the base model in adapter_config.json.")] = "",
+) -> None:
+    """Write a run's adapter as a PEFT directory. Works with or without the server running."""
+    from fp_server.exporting import export_run
+
+    with err.status(f"exporting to {out_dir}"):
+        said = export_run(dir, run, out_dir, base, rank)
+    out.print(said, highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and their exit code."""
+    try:
+        app()
+    except FedPrunerError as error:
+        err.print(f"[red]error:[/red] {str(error).replace('[', chr(92) + '[')}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

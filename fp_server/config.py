@@ -1,0 +1,231 @@
+"""The server's two files: ``server.toml`` of a data directory, and a run file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from common.config import Section
+from common.errors import ConfigError
+from common.types import (
+    NAME,
+    Factors,
+    Gradient,
+    Kernel,
+    ModelManifest,
+    Part,
+    Positions,
+    ProbeSpec,
+    RunSpec,
+    Start,
+    TrainSpec,
+)
+from fp_server.methods import METHODS
+
+
+class ServerConfig(Section):
+    """``server.toml``, written by ``fp-server init``."""
+
+    names: list[str] = Field(min_length=1)
+    """Host names and addresses the certificate carries; the first one goes into join tokens."""
+    listen: str = "0.0.0.0"
+    """Address to listen on."""
+    port: int = Field(7443, ge=0, le=65535)
+    """The main port (mTLS): sessions, objects, operators, health."""
+    enroll_port: int = Field(7444, ge=0, le=65535)
+    """The enrollment port (server-authenticated TLS)."""
+    certificate_days: PositiveInt = 90
+    """How long device and operator certificates are valid."""
+    max_samples: PositiveInt = 1_000_000
+    """Cap on |D_n|, so that no device buys weight by claiming samples."""
+
+
+class RunSection(Section):
+    """``[run]``."""
+
+    name: str
+    method: str = "fedpruner"
+    rounds: PositiveInt
+    seed: int = Field(0, ge=0, lt=2**32)
+    min_devices: PositiveInt = 2
+    """A round opens when this many able devices are connected."""
+    devices_per_round: float = Field(0.1, gt=0)
+    """A fraction of the roster up to 1.0 (0.1: the paper's), or a whole number from 2 on."""
+    quorum: float = Field(1.0, gt=0, le=1)
+    """The round closes when this fraction of the drawn devices has delivered."""
+    min_updates: PositiveInt = 1
+    """Fewer accepted updates than this: the round is drawn again."""
+    max_attempts: PositiveInt = 3
+    """The run pauses when a round has failed this often."""
+    progress_timeout_seconds: PositiveFloat = 600.0
+    """A device that makes no progress for this long is out of the round."""
+    round_limit_seconds: PositiveFloat = 86_400.0
+    """No round lasts longer than this."""
+    final_evaluation: bool = True
+    """Whether the drawn devices of the last round report the loss once more at the end."""
+
+    @field_validator("name")
+    @classmethod
+    def _a_name(cls, value: str) -> str:
+        if NAME.fullmatch(value) is None:
+            raise ValueError("must be lower-case letters, digits, '.', '_' or '-', at most 63")
+        return value
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"no such method (there are: {', '.join(sorted(METHODS))})")
+        return value
+
+    @field_validator("devices_per_round")
+    @classmethod
+    def _fraction_or_count(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("must be a fraction up to 1.0 or a whole number")
+        return value
+
+
+class ModelSection(Section):
+    """``[model]``: the name devices know it by, and where the server learns its shapes and fingerprint."""
+
+    name: str = Field(min_length=1, max_length=200)
+    path: Path | None = None
+    """A checkpoint directory on the machine that runs ``fp-server start``."""
+    manifest: Path | None = None
+    """Instead: a manifest made by ``fp-client manifest`` where the weights are."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.manifest is None):
+            raise ValueError("give either path (a checkpoint directory) or manifest (made by `fp-client manifest`)")
+        return self
+
+
+class LoraSection(Section):
+    """``[lora]``."""
+
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: PositiveFloat = 32.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all"] | list[str] = "all"
+    """"all" linear modules of a layer, or names such as "q_proj"."""
+    start: Start = Start.FRESH
+    broadcast_rank: int = Field(64, ge=1, le=4096)
+    """Largest rank a module of the broadcast adapter has."""
+    train: Factors = Factors.BOTH
+
+
+class TrainSection(Section):
+    """``[train]``."""
+
+    gradient: Gradient = Gradient.SUBMODEL
+    steps: PositiveInt = 10
+    batch_size: PositiveInt = 16
+    sequence_length: int = Field(512, ge=8)
+    learning_rate: PositiveFloat = 1e-4
+    final_learning_rate: float = Field(5e-6, ge=0)
+
+    @field_validator("gradient")
+    @classmethod
+    def _available(cls, value: Gradient) -> Gradient:
+        if value is not Gradient.SUBMODEL:
+            raise ValueError("only 'submodel' is available in this version")
+        return value
+
+
+class ProbeSection(Section):
+    """``[probe]``."""
+
+    positions: int = Field(512, ge=8, le=8192)
+    kernel: Kernel = Kernel.LINEAR
+    sample: Positions = Positions.CLEAN
+    batch_size: PositiveInt = 4
+
+
+class PruningSection(Section):
+    """``[pruning]``."""
+
+    units: Part = Part.LAYER
+    eigenvectors: Literal["k", "k-1"] = "k"
+
+    @field_validator("units")
+    @classmethod
+    def _layers(cls, value: Part) -> Part:
+        if value is not Part.LAYER:
+            raise ValueError("only 'layer' is available in this version")
+        return value
+
+
+class LimitSection(Section):
+    """``[limits]``."""
+
+    min_holders: PositiveInt = 1
+    """A layer with fewer holders in a round keeps what it had (house plan §3, privacy)."""
+    max_update_norm: PositiveFloat | None = None
+    """Largest Frobenius norm of (α/r)·B·A a module may have; none by default."""
+
+
+class RunConfig(Section):
+    """A run file."""
+
+    run: RunSection
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    probe: ProbeSection = ProbeSection()
+    pruning: PruningSection = PruningSection()
+    limits: LimitSection = LimitSection()
+
+    def targets(self, manifest: ModelManifest) -> tuple[str, ...]:
+        """The full names of the adapted modules, sorted. Raises ConfigError for a name that is in no layer."""
+        if self.lora.targets == "all":
+            return tuple(m.name for m in manifest.modules)
+        chosen: set[str] = set()
+        for target in self.lora.targets:
+            found = {m.name for m in manifest.modules if m.name == target or m.name.endswith("." + target)}
+            if not found:
+                known = ", ".join(m.name for m in manifest.modules)
+                raise ConfigError(f"lora.targets: the model has no module {target!r} (it has: {known})")
+            chosen |= found
+        return tuple(sorted(chosen))
+
+    def learning_rate(self, round_index: int) -> float:
+        """Cosine over the rounds, constant within one (paper, Appendix E). `round_index` is 0-based."""
+        last = self.run.rounds - 1
+        share = round_index / last if last else 0.0
+        low, high = self.train.final_learning_rate, self.train.learning_rate
+        return low + (high - low) * 0.5 * (1 + math.cos(math.pi * share))
+
+    def drawn(self, roster: int) -> int:
+        """How many of a roster's devices take part in a round."""
+        asked = self.run.devices_per_round
+        count = round(asked * roster) if asked <= 1 else int(asked)
+        return max(1, min(roster, count))
+
+    def train_spec(self, manifest: ModelManifest, learning_rate: float, seed: int) -> TrainSpec:
+        """What a device trains by."""
+        return TrainSpec(
+            steps=self.train.steps, batch_size=self.train.batch_size, sequence_length=self.train.sequence_length,
+            learning_rate=learning_rate, rank=self.lora.rank, alpha=self.lora.alpha, targets=self.targets(manifest),
+            seed=seed, dropout=self.lora.dropout, gradient=self.train.gradient, start=self.lora.start,
+            train=self.lora.train,
+        )  # fmt: skip
+
+    def probe_spec(self, seed: int) -> ProbeSpec:
+        """What a device measures."""
+        return ProbeSpec(
+            part=self.pruning.units, positions=self.probe.positions, kernel=self.probe.kernel, sample=self.probe.sample,
+            batch_size=self.probe.batch_size, sequence_length=self.train.sequence_length, seed=seed,
+        )  # fmt: skip
+
+    def run_spec(self, manifest: ModelManifest) -> RunSpec:
+        """What devices plan their memory from."""
+        return RunSpec(
+            run=self.run.name, model=self.model.name, fingerprint=manifest.fingerprint, method=self.run.method,
+            part=self.pruning.units, train=self.train_spec(manifest, self.train.learning_rate, 0),
+            probe=self.probe_spec(0), broadcast_rank=self.lora.broadcast_rank, rounds=self.run.rounds,
+        )  # fmt: skip

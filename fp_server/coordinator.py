@@ -1,0 +1,378 @@
+"""The asyncio shell around the runs' state machines: commits events, hands them in, does what they ask.
+
+One lock orders everything: an event is durable before its machine sees it, and the machine sees events in
+the log's order. Slow work (choosing units, aggregating) runs in threads and comes back as an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from common.errors import ConfigError, FedPrunerError, NotFound, StorageError
+from common.types import (
+    ModelManifest,
+    PlanReport,
+    ProbeReport,
+    Progress,
+    TaskFailed,
+    TaskKey,
+    UpdateReady,
+)
+from fp_server import events as e
+from fp_server.commands import (
+    Aggregate,
+    Choose,
+    Command,
+    Connected,
+    Disconnected,
+    ProgressSeen,
+    Record,
+    Recovered,
+    Send,
+    Stimulus,
+    Tick,
+)
+from fp_server.config import RunConfig, ServerConfig
+from fp_server.log import EventLog
+from fp_server.narrate import tell
+from fp_server.objects import ObjectStore
+from fp_server.rounds import RunMachine
+from fp_server.work import aggregate_round, choose_units, parse_run
+
+logger = logging.getLogger("fp_server")
+
+TICK = 0.5
+"""Seconds between looks at the clock."""
+
+
+class Session:
+    """One device's open stream, as the coordinator sees it: a queue of what to say, and whether to hang up."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.outbox: asyncio.Queue[Send | None] = asyncio.Queue()
+        self.reason = ""
+
+    def close(self, reason: str) -> None:
+        """Ask the stream's handler to end it."""
+        self.reason = reason
+        self.outbox.put_nowait(None)
+
+
+class Coordinator:
+    """All runs and all sessions of one server."""
+
+    def __init__(self, config: ServerConfig, log: EventLog, store: ObjectStore, clock: Callable[[], float] = time.time) -> None:
+        self.config, self.log, self.store, self.clock = config, log, store, clock
+        self.active: RunMachine | None = None
+        self.names: list[str] = []
+        self.sessions: dict[str, Session] = {}
+        self.problem = ""
+        self.changed = asyncio.Condition()
+        self._lock = asyncio.Lock()
+        self._heavy = ThreadPoolExecutor(1, thread_name_prefix="heavy")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bytes_down = 0
+
+    # -- life ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Fold the log; take up what was under way. Raises StorageError when the log is damaged."""
+        self.names = self.log.runs()
+        for name in self.names:
+            machine = self.fold(name)
+            if machine.ended is None:
+                self.active = machine
+        if self.active is not None:
+            logger.info("run %s taken up again: %s", self.active.name, self.active.phase)
+            await self.post(Recovered())
+        self._spawn(self._tick())
+
+    async def stop(self) -> None:
+        """Hang up and wait for what is being written."""
+        for session in list(self.sessions.values()):
+            session.close("the server is stopping")
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._heavy.shutdown(wait=True, cancel_futures=True)
+
+    def fold(self, run: str) -> RunMachine:
+        """A run's state from its events. Raises NotFound."""
+        machine: RunMachine | None = None
+        for at, event in self.log.replay(run):
+            if isinstance(event, e.RunStarted):
+                machine = RunMachine(parse_run(event.toml, f"run {run}"), event.manifest)
+            if machine is not None:
+                machine.handle(event, at)
+        if machine is None:
+            raise NotFound(f"no run {run!r} here (`fp-server runs` lists them)")
+        return machine
+
+    def run(self, name: str) -> RunMachine:
+        """A run by name, or the newest for an empty one. Raises NotFound."""
+        if not name and not self.names:
+            raise NotFound("no run has been started yet (`fp-server start RUN.toml`)")
+        name = name or (self.active.name if self.active is not None else self.names[-1])
+        return self.active if self.active is not None and self.active.name == name else self.fold(name)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            try:
+                await self.post(Tick())
+                self._note("")
+            except StorageError as error:
+                self._note(str(error))
+
+    def _note(self, problem: str) -> None:
+        if problem and problem != self.problem:
+            logger.error("%s", problem)
+        self.problem = problem
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a background task failed", exc_info=error)
+
+    # -- the one way in --------------------------------------------------------------------------
+
+    async def post(self, happening: e.Event | Stimulus) -> None:
+        """Commit (if it is an event), hand in, do what is asked. Raises StorageError; then nothing happened."""
+        async with self._lock:
+            await self._post(happening)
+
+    async def _post(self, happening: e.Event | Stimulus) -> None:
+        machine = self.active
+        if machine is None:
+            return
+        pending: deque[e.Event | Stimulus] = deque([happening])
+        effects: list[Command] = []
+        try:
+            while pending:
+                item = pending.popleft()
+                if isinstance(item, e.Event):
+                    if item.run != machine.name:
+                        return
+                    await self.log.append(item, self.clock())
+                    tell(item)
+                for command in machine.handle(item, self.clock()):
+                    if isinstance(command, Record):
+                        pending.append(command.event)
+                    else:
+                        effects.append(command)
+        finally:
+            for command in effects:
+                self._do(machine, command)
+            if machine.ended is not None:
+                self.active = None
+            if not isinstance(happening, Tick) or effects:
+                await self._announce()
+
+    async def _announce(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    def _do(self, machine: RunMachine, command: Command) -> None:
+        match command:
+            case Choose():
+                self._spawn(self._choose(machine, command))
+            case Aggregate():
+                self._spawn(self._aggregate(machine, command))
+            case Record():
+                raise AssertionError("records are handled where they are made")
+            case _:
+                if (session := self.sessions.get(command.device)) is not None:
+                    session.outbox.put_nowait(command)
+
+    async def _choose(self, machine: RunMachine, command: Choose) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            event: e.Event = await loop.run_in_executor(self._heavy, choose_units, machine, command.key, command.device)
+        except FedPrunerError as error:
+            event = e.DeviceDropped(machine.name, command.key, command.device, type(error).__name__, str(error))
+        except Exception as error:
+            logger.exception("choosing units for %s failed", command.device)
+            event = e.DeviceDropped(
+                machine.name, command.key, command.device, "FedPrunerError", f"choosing units failed: {error}"
+            )
+        await self._insist(event)
+
+    async def _aggregate(self, machine: RunMachine, command: Aggregate) -> None:
+        loop = asyncio.get_running_loop()
+        delay = 1.0
+        while machine.ended is None:
+            try:
+                event = await loop.run_in_executor(
+                    self._heavy, aggregate_round, machine, self.store, command.key, self._bytes_down
+                )
+            except FedPrunerError as error:
+                self._note(f"round {command.key.round + 1} of {machine.name!r} can't be aggregated yet: {error}")
+            except Exception as error:
+                logger.exception("aggregating failed")
+                self._note(
+                    f"round {command.key.round + 1} of {machine.name!r} can't be aggregated: {type(error).__name__}: {error}"
+                )
+            else:
+                self._bytes_down = 0
+                await self._insist(event)
+                return
+            await asyncio.sleep(delay)
+            delay = min(60.0, delay * 2)
+
+    async def _insist(self, event: e.Event) -> None:
+        """Post an event that must not be lost, waiting for disk space if need be."""
+        while True:
+            try:
+                return await self.post(event)
+            except StorageError as error:
+                self._note(str(error))
+                await asyncio.sleep(1.0)
+
+    # -- what devices do -------------------------------------------------------------------------
+
+    async def connect(self, device: str) -> Session:
+        """A device's session opened; an older one of the same device is hung up."""
+        if (old := self.sessions.pop(device, None)) is not None:
+            old.close("another session of the same device was opened")
+        session = self.sessions[device] = Session(device)
+        logger.info("device %s connected", device)
+        await self.post(Connected(device))
+        await self._announce()
+        return session
+
+    async def disconnect(self, session: Session) -> None:
+        """A session ended; nothing happens when a newer one has taken its place."""
+        if self.sessions.get(session.device) is session:
+            del self.sessions[session.device]
+            logger.info("device %s disconnected%s", session.device, f": {session.reason}" if session.reason else "")
+            await self.post(Disconnected(session.device))
+            await self._announce()
+
+    async def plan_reported(self, device: str, report: PlanReport) -> None:
+        """A device said what it can hold."""
+        machine = self.active
+        if machine is None or report.run != machine.name:
+            return
+        if not report.refusal and (problem := _plan_problem(report, machine.manifest)):
+            report = replace(report, capacities=(), unit_bytes=(), refusal=problem)
+        before = machine.plans.get(device)
+        joined = before is not None and before.samples > 0
+        samples = before.samples if before is not None and joined else min(report.samples, self.config.max_samples)
+        await self.post(e.PlanReceived(machine.name, device, report, samples))
+
+    async def probe_reported(self, device: str, r: ProbeReport) -> None:
+        """A device's probe came in. Raises ProtocolError when its matrix is not the model's."""
+        machine = self.active
+        if machine is None or r.key.run != machine.name:
+            return
+        member = machine.current.members.get(device) if machine.current is not None else None
+        if member is None or machine.current is None or machine.current.opened.key != r.key or member.probe is not None:
+            return
+        units = 0 if machine.current.opened.evaluate else machine.manifest.layers
+        if r.similarity.shape[0] != units:
+            text = f"the probe has {r.similarity.shape[0]} units, expected {units}"
+            await self.post(e.DeviceDropped(machine.name, r.key, device, "ProtocolError", text))
+            return
+        await self.post(
+            e.ProbeReceived(machine.name, r.key, device, r.similarity, r.in_out, r.loss, r.tokens, r.peak_bytes, r.seconds)
+        )
+
+    async def progressed(self, device: str, p: Progress) -> None:
+        """A device got further."""
+        await self.post(ProgressSeen(device, p.key, p.phase, p.done, p.total))
+
+    async def task_failed(self, device: str, failed: TaskFailed) -> None:
+        """A device can't do its task: it is out of this round."""
+        machine = self.active
+        if machine is not None and failed.key.run == machine.name:
+            logger.warning("device %s: %s: %s", device, failed.error, failed.message)
+            await self.post(e.DeviceDropped(machine.name, failed.key, device, failed.error, failed.message))
+
+    def machine_for(self, run: str) -> RunMachine:
+        """The active run, if it is this one. Raises NotFound."""
+        if self.active is None or self.active.name != run:
+            raise NotFound(f"run {run!r} is not active here")
+        return self.active
+
+    async def reject(self, device: str, key: TaskKey, error: FedPrunerError) -> None:
+        """An update failed its checks: the device is out of this round."""
+        logger.warning("update of %s for round %d rejected: %s", device, key.round + 1, error)
+        await self._insist(e.DeviceDropped(key.run, key, device, type(error).__name__, str(error)))
+
+    async def accept(self, device: str, ready: UpdateReady) -> bool:
+        """An update is stored and checked: count it. True when it was counted before. Raises TooLate."""
+        async with self._lock:
+            machine = self.machine_for(ready.key.run)
+            if machine.check_push(device, ready.key, ready.ref):
+                return True
+            await self._post(e.UpdateAccepted(machine.name, ready.key, device, ready.ref, ready.metrics))
+            return False
+
+    def fetched(self, size: int) -> None:
+        """Bytes of adapter objects sent to devices, for the round's account."""
+        self._bytes_down += size
+
+    # -- what operators do -----------------------------------------------------------------------
+
+    async def start_run(self, toml: str, manifest: ModelManifest) -> str:
+        """Start a run. Raises ConfigError (bad file, name taken, another run active)."""
+        config: RunConfig = parse_run(toml, "run file")
+        config.targets(manifest)
+        async with self._lock:
+            if config.run.name in self.names:
+                raise ConfigError(f"run.name: there is already a run {config.run.name!r}; choose another name")
+            if self.active is not None:
+                raise ConfigError(f"run {self.active.name!r} is active; stop it first (`fp-server stop {self.active.name}`)")
+            event = e.RunStarted(config.run.name, toml, manifest)
+            await self.log.append(event, self.clock())
+            tell(event)
+            self.names.append(config.run.name)
+            self.active = RunMachine(config, manifest)
+            for device in sorted(self.sessions):
+                await self._post(Connected(device))
+        await self._announce()
+        return config.run.name
+
+    async def control(self, run: str, action: str) -> str:
+        """``pause``, ``resume`` or ``stop`` a run; returns its phase. Raises NotFound or ConfigError."""
+        machine = self.run(run)
+        if machine.ended is not None:
+            raise ConfigError(f"run {machine.name!r} has {machine.ended.outcome}; nothing to {action}")
+        if action == "pause":
+            if machine.paused is None:
+                await self.post(e.RunPaused(machine.name, "paused by the operator"))
+        elif action == "resume":
+            if machine.paused is not None:
+                await self.post(e.RunResumed(machine.name))
+        elif action == "stop":
+            await self.post(e.RunEnded(machine.name, "stopped", "stopped by the operator"))
+        else:
+            raise ConfigError(f"{action!r}: not an action (pause, resume or stop)")
+        return machine.phase
+
+    def kick(self, name: str) -> None:
+        """Hang up a device's session (its certificate was revoked)."""
+        if (session := self.sessions.get(name)) is not None:
+            session.close("the certificate was revoked")
+
+
+def _plan_problem(report: PlanReport, manifest: ModelManifest) -> str:
+    if report.fingerprint != manifest.fingerprint:
+        ours, theirs = manifest.fingerprint[:16], report.fingerprint[:16]
+        return f"the device's base weights have fingerprint {theirs}…, the run's {ours}…"
+    if len(report.unit_bytes) != manifest.layers:
+        return f"the plan has {len(report.unit_bytes)} units, the model {manifest.layers} layers"
+    return "" if report.samples > 0 else "the device has no training examples"

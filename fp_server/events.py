@@ -1,0 +1,214 @@
+"""What happened, as it is kept for ever. A run's state is the fold of its events (house plan §6).
+
+Choices that depend on the clock, on who was connected or on a measurement are events, so that folding
+the log again gives the same state. Heartbeats and transfer progress are not events.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from common.errors import StorageError
+from common.types import FloatArray, ModelManifest, ObjectRef, PlanReport, TaskKey, UnitId, UpdateMetrics
+
+
+def _pack(array: FloatArray) -> dict[str, Any]:
+    return {"shape": list(array.shape), "f32": base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()}
+
+
+def _unpack(value: dict[str, Any]) -> FloatArray:
+    return np.frombuffer(base64.b64decode(value["f32"]), "<f4").reshape(value["shape"]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """An operator started a run."""
+
+    run: str
+    toml: str
+    manifest: ModelManifest
+
+
+@dataclass(frozen=True)
+class PlanReceived:
+    """A device said what it can hold; |D_n| is fixed here, capped by the operator."""
+
+    run: str
+    device: str
+    report: PlanReport
+    samples: int
+
+
+@dataclass(frozen=True)
+class RoundOpened:
+    """The roster was frozen and devices were drawn. `excluded`: device -> reason."""
+
+    run: str
+    key: TaskKey
+    roster: tuple[str, ...]
+    drawn: tuple[str, ...]
+    excluded: dict[str, str] = field(default_factory=dict)
+    evaluate: bool = False
+    """True: the devices only report the loss; closes the run."""
+
+
+@dataclass(frozen=True)
+class ProbeReceived:
+    """A device's probe of the full model."""
+
+    run: str
+    key: TaskKey
+    device: str
+    similarity: FloatArray
+    in_out: FloatArray
+    loss: float
+    tokens: int
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """FDLO and IALS chose a device's submodel."""
+
+    run: str
+    key: TaskKey
+    device: str
+    units: tuple[UnitId, ...]
+    groups: tuple[tuple[UnitId, ...], ...]
+    probabilities: tuple[tuple[float, ...], ...]
+    redraws: int
+    reductions: int
+    micro_batch: int
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class UpdateAccepted:
+    """An update is stored and valid; it will never be lost or counted twice."""
+
+    run: str
+    key: TaskKey
+    device: str
+    ref: ObjectRef
+    metrics: UpdateMetrics
+
+
+@dataclass(frozen=True)
+class DeviceDropped:
+    """A device is out of this round, and why."""
+
+    run: str
+    key: TaskKey
+    device: str
+    error: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RoundClosed:
+    """No more updates count. `aggregate` False: too few came, the round is drawn again or the run pauses."""
+
+    run: str
+    key: TaskKey
+    aggregate: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class UnitCommit:
+    """What one layer of the ledger became. `dropped`: energy fraction the broadcast leaves out."""
+
+    layer: int
+    ledger: ObjectRef
+    broadcast: ObjectRef
+    holders: tuple[str, ...]
+    dropped: float
+
+
+@dataclass(frozen=True)
+class RoundCommitted:
+    """The round's updates are in the ledger. Layers not named keep their objects, byte for byte."""
+
+    run: str
+    key: TaskKey
+    units: tuple[UnitCommit, ...]
+    held_back: tuple[int, ...]
+    """Layers with fewer holders than `min_holders`: their updates were not used."""
+    weights: dict[str, int]
+    """Device -> |D_n| as used for Eq. 5."""
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class RunPaused:
+    """No new round is opened until it is resumed."""
+
+    run: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunResumed:
+    """Goes on."""
+
+    run: str
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """`outcome`: finished or stopped."""
+
+    run: str
+    outcome: str
+    reason: str = ""
+
+
+Event = (
+    RunStarted | PlanReceived | RoundOpened | ProbeReceived | Assigned | UpdateAccepted | DeviceDropped
+    | RoundClosed | RoundCommitted | RunPaused | RunResumed | RunEnded
+)  # fmt: skip
+
+_KINDS: dict[str, TypeAdapter[Any]] = {
+    kind.__name__: TypeAdapter(kind)
+    for kind in (
+        RunStarted, PlanReceived, RoundOpened, Assigned, UpdateAccepted, DeviceDropped,
+        RoundClosed, RoundCommitted, RunPaused, RunResumed, RunEnded,
+    )
+}  # fmt: skip
+
+
+def _probe_json(event: ProbeReceived) -> str:
+    body = dict(event.__dict__)
+    body["key"] = event.key.__dict__
+    body["similarity"], body["in_out"] = _pack(event.similarity), _pack(event.in_out)
+    return json.dumps(body)
+
+
+def encode(event: Event) -> tuple[str, str]:
+    """(kind, JSON body)."""
+    if isinstance(event, ProbeReceived):
+        return "ProbeReceived", _probe_json(event)
+    kind = type(event).__name__
+    return kind, _KINDS[kind].dump_json(event).decode()
+
+
+def decode(kind: str, body: str) -> Event:
+    """The inverse of `encode`. Raises StorageError on a kind or body this version does not know."""
+    try:
+        if kind == "ProbeReceived":
+            raw = json.loads(body)
+            raw["key"] = TaskKey(**raw["key"])
+            raw["similarity"], raw["in_out"] = _unpack(raw["similarity"]), _unpack(raw["in_out"])
+            return ProbeReceived(**raw)
+        event: Event = _KINDS[kind].validate_json(body)
+        return event
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"the event log has a {kind!r} event this version can't read: {error}") from None

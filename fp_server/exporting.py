@@ -1,0 +1,36 @@
+"""A run's ledger found in a data directory and written as a PEFT adapter; the server need not run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common import config as configuration
+from common.errors import ConfigError
+from fp_server.config import ServerConfig
+from fp_server.coordinator import Coordinator
+from fp_server.export import export_peft
+from fp_server.log import Database, EventLog
+from fp_server.objects import ObjectStore
+
+
+def export_run(directory: Path, run: str, out: Path, base: str, rank: int | None) -> str:
+    """Export a run (the newest for an empty name); returns a line for a person.
+
+    Raises NotFound for an unknown run or an empty ledger, ConfigError when `out` exists.
+    """
+    if not (directory / "log.sqlite").exists():
+        raise ConfigError(f"{directory}: not a server directory")
+    config = configuration.load(directory / "server.toml", ServerConfig)
+    database = Database(directory / "log.sqlite")
+    try:
+        coordinator = Coordinator(config, EventLog(database), ObjectStore(directory))
+        coordinator.names = coordinator.log.runs()
+        machine = coordinator.run(run)
+        ledgers = {layer: coordinator.store.path(ref.digest) for layer, ref in machine.ledger.items()}
+        dropped = export_peft(ledgers, machine.manifest, out, base or machine.config.model.name, rank)
+    finally:
+        database.close()
+    worst = max(dropped.values(), default=0.0)
+    kept = "nothing dropped" if rank is None else f"at most {worst:.2%} of a module's energy dropped"
+    rounds = sum(commit is not None for _, commit in machine.history)
+    return f"run {machine.name} after {rounds} rounds: {len(dropped)} modules in {len(ledgers)} layers written to {out} ({kept})"

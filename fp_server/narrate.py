@@ -1,0 +1,36 @@
+"""One log line for a person about each committed event."""
+
+from __future__ import annotations
+
+import logging
+
+from fp_server import events as e
+
+logger = logging.getLogger("fp_server")
+
+
+def tell(event: e.Event) -> None:
+    """One log line for a person about what was committed."""
+    match event:
+        case e.RunStarted():
+            logger.info("run %s started: %s, %d layers", event.run, event.manifest.name, event.manifest.layers)
+        case e.PlanReceived():
+            said = event.report.refusal or ", ".join(f"{c.gradient} {c.units} units" for c in event.report.capacities)
+            logger.info("device %s can hold: %s (%d samples)", event.device, said, event.samples)
+        case e.RoundOpened():
+            what = "final evaluation" if event.evaluate else f"round {event.key.round + 1}, attempt {event.key.attempt + 1}"
+            logger.info("%s opened with %s", what, ", ".join(event.drawn))
+        case e.ProbeReceived():
+            logger.info("device %s: full-model loss %.4f", event.device, event.loss)
+        case e.Assigned():
+            logger.info("device %s gets layers %s", event.device, " ".join(u.label for u in event.units))
+        case e.UpdateAccepted():
+            logger.info("device %s: update of %.1f MiB accepted", event.device, event.ref.size / 2**20)
+        case e.DeviceDropped():
+            logger.warning("device %s is out of round %d: %s", event.device, event.key.round + 1, event.message)
+        case e.RoundClosed():
+            logger.info("round %d closed: %s", event.key.round + 1, event.reason)
+        case e.RoundCommitted():
+            logger.info("round %d committed: %d layers changed", event.key.round + 1, len(event.units))
+        case e.RunPaused() | e.RunResumed() | e.RunEnded():
+            logger.info("run %s: %s", event.run, type(event).__name__)

@@ -1,0 +1,182 @@
+"""The content-addressed object store: immutable files named by their sha256.
+
+An object is written under a temporary name, synced, renamed, and its directory synced before anyone
+hears of it (house plan §6).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from common.errors import DigestError, NotFound, StorageError
+from common.types import ObjectRef
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename or creation in `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The error of ours for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{path}: no space left on the device; free some, what was stored before is kept")
+    return StorageError(f"{path}: {error.strerror}")
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file, read 1 MiB at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ObjectStore:
+    """Objects below `root`/objects, arrivals below `root`/partial, scratch files below `root`/scratch."""
+
+    def __init__(self, root: Path) -> None:
+        self._objects, self._partial, self.scratch = root / "objects", root / "partial", root / "scratch"
+        for path in (self._objects, self._partial, self.scratch):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def clear_scratch(self) -> None:
+        """Remove what an interrupted aggregation left; for the one server of the directory only."""
+        for leftover in self.scratch.iterdir():
+            leftover.unlink()
+
+    def path(self, digest: str) -> Path:
+        """Where an object lies. Raises NotFound when it is not here."""
+        path = self._objects / digest[:2] / digest
+        if not path.exists():
+            raise NotFound(f"object {digest[:16]}… is not in the store")
+        return path
+
+    def has(self, digest: str) -> bool:
+        """Whether the object is here."""
+        return (self._objects / digest[:2] / digest).exists()
+
+    def adopt(self, source: Path, digest: str | None = None) -> ObjectRef:
+        """Move a finished file into the store; durable when this returns.
+
+        `digest` is trusted when given: the caller has just computed it from these bytes.
+        """
+        try:
+            digest = digest or digest_file(source)
+            size = source.stat().st_size
+            target = self._objects / digest[:2] / digest
+            if target.exists():
+                source.unlink()
+                return ObjectRef(digest, size)
+            if not target.parent.is_dir():
+                target.parent.mkdir(exist_ok=True)
+                sync_directory(self._objects)
+            with source.open("rb") as file:
+                os.fsync(file.fileno())
+            source.replace(target)
+            target.chmod(0o444)
+            sync_directory(target.parent)
+        except OSError as error:
+            raise storage_error(source, error) from None
+        return ObjectRef(digest, size)
+
+    def chunks(self, digest: str, offset: int, size: int) -> Iterator[bytes]:
+        """An object's bytes from `offset` on, `size` at a time."""
+        with self.path(digest).open("rb") as file:
+            file.seek(offset)
+            while chunk := file.read(size):
+                yield chunk
+
+    def arrival(self, device: str, ref: ObjectRef) -> Arrival:
+        """The arrival of one object from one device; goes on where an earlier one stopped."""
+        return Arrival(self, self._partial / device, ref)
+
+    def discard_arrivals(self, device: str) -> None:
+        """Remove what a device has sent in part."""
+        for path in (self._partial / device).glob("*"):
+            path.unlink(missing_ok=True)
+
+
+class Arrival:
+    """An object on its way in: a file that grows, and the running digest of what it holds."""
+
+    def __init__(self, store: ObjectStore, directory: Path, ref: ObjectRef) -> None:
+        self._store, self.ref = store, ref
+        directory.mkdir(exist_ok=True)
+        for other in directory.glob("*"):  # a device has one update at a time
+            if other.name != ref.digest:
+                other.unlink(missing_ok=True)
+        self.path = directory / ref.digest
+        self._file: BinaryIO | None = None
+        self._hash = hashlib.sha256()
+
+    @property
+    def offset(self) -> int:
+        """How many bytes have arrived."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def open(self) -> int:
+        """Get ready to append; returns the offset. Reads what is there to go on with its digest."""
+        self._hash = hashlib.sha256()
+        try:
+            if self.offset > self.ref.size:
+                self.path.unlink()
+            self._file = self.path.open("ab")
+            with self.path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    self._hash.update(chunk)
+        except OSError as error:
+            raise storage_error(self.path, error) from None
+        return self.offset
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises DigestError when more arrives than was announced, StorageError when the disk is full."""
+        assert self._file is not None
+        if self._file.tell() + len(data) > self.ref.size:
+            raise DigestError(f"the push holds more than the {self.ref.size} bytes it announced")
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise storage_error(self.path, error) from None
+        self._hash.update(data)
+
+    def close(self) -> None:
+        """Keep what has arrived for a later push."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:
+                raise storage_error(self.path, error) from None
+
+    def finish(self) -> Path:
+        """All has arrived: the file, checked. Raises DigestError (and drops it) when its digest is wrong,
+        or (keeping it) when it is not complete."""
+        self.close()
+        if self.offset != self.ref.size:
+            raise DigestError(f"the push ended at byte {self.offset} of {self.ref.size}; go on from there")
+        if self._hash.hexdigest() != self.ref.digest:
+            self.path.unlink()
+            raise DigestError(
+                f"the bytes received do not have the digest {self.ref.digest[:16]}… that was announced; send them again"
+            )
+        return self.path
+
+    def adopt(self) -> ObjectRef:
+        """Move the finished file into the store."""
+        return self._store.adopt(self.path, self.ref.digest)
+
+    def discard(self) -> None:
+        """Drop what has arrived."""
+        self.close()
+        self.path.unlink(missing_ok=True)

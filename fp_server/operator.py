@@ -1,0 +1,89 @@
+"""The operator's side of the admin service, for the command line beside the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from common.checkpoint import dump_manifest
+from common.errors import UnreachableError
+from common.pb import admin_pb2, admin_pb2_grpc
+from common.transport.tls import client_credentials
+from common.transport.wire import CHANNEL_OPTIONS, from_rpc_error, options
+from common.types import ModelManifest
+from fp_server.app import read_endpoint
+
+TIMEOUT = 20.0
+"""Seconds an operator's call may take."""
+
+T = TypeVar("T")
+
+
+class Operator:
+    """One operator connection to the server of a data directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises IdentityError when the directory has no valid operator certificate."""
+        self._directory = directory
+        self.address = f"localhost:{read_endpoint(directory).port}"
+        self._credentials = client_credentials(directory, "operator")
+
+    def _run(self, call: Callable[[admin_pb2_grpc.AdminAsyncStub], Awaitable[T]]) -> T:
+        async def go() -> T:
+            async with grpc.aio.secure_channel(self.address, self._credentials, options(CHANNEL_OPTIONS)) as channel:
+                try:
+                    return await call(admin_pb2_grpc.AdminStub(channel))
+                except grpc.aio.AioRpcError as error:
+                    raise self._explain(error) from None
+
+        return asyncio.run(go())
+
+    def _explain(self, error: grpc.aio.AioRpcError) -> Exception:
+        ours = from_rpc_error(error, self.address)
+        if isinstance(ours, UnreachableError):
+            return UnreachableError(f"{ours}; is `fp-server run --dir {self._directory}` running?")
+        return ours
+
+    def start(self, toml: str, manifest: ModelManifest) -> str:
+        """Start a run; returns its name."""
+        request = admin_pb2.StartRunRequest(toml=toml, manifest=dump_manifest(manifest))
+        return self._run(lambda stub: stub.StartRun(request, timeout=TIMEOUT)).run
+
+    def control(self, run: str, action: str) -> str:
+        """Pause, resume or stop; returns the run's state."""
+        request = admin_pb2.ControlRunRequest(run=run, action=action)
+        return self._run(lambda stub: stub.ControlRun(request, timeout=TIMEOUT)).state
+
+    def runs(self) -> list[dict[str, Any]]:
+        """All runs, newest first."""
+        reply = self._run(lambda stub: stub.ListRuns(admin_pb2.ListRunsRequest(), timeout=TIMEOUT))
+        return list(json.loads(reply.json))
+
+    def status(self, run: str) -> dict[str, Any]:
+        """One run, now."""
+        reply = self._run(lambda stub: stub.GetStatus(admin_pb2.StatusRequest(run=run), timeout=TIMEOUT))
+        return dict(json.loads(reply.json))
+
+    def token(self, name: str, role: str, ttl: int) -> str:
+        """A one-time join token."""
+        request = admin_pb2.CreateTokenRequest(name=name, role=role, ttl_seconds=ttl)
+        return self._run(lambda stub: stub.CreateToken(request, timeout=TIMEOUT)).token
+
+    def revoke(self, name: str) -> int:
+        """Revoke a name's certificates; returns how many."""
+        return self._run(lambda stub: stub.Revoke(admin_pb2.RevokeRequest(name=name), timeout=TIMEOUT)).count
+
+    async def watch(self, run: str) -> AsyncIterator[dict[str, Any]]:
+        """A status whenever something changes."""
+        async with grpc.aio.secure_channel(self.address, self._credentials, options(CHANNEL_OPTIONS)) as channel:
+            try:
+                async for message in admin_pb2_grpc.AdminStub(channel).WatchStatus(admin_pb2.StatusRequest(run=run)):
+                    yield dict(json.loads(message.json))
+            except grpc.aio.AioRpcError as error:
+                raise self._explain(error) from None

@@ -1,0 +1,371 @@
+"""A run as a sans-IO state machine: `handle(happening, now) -> list[Command]`.
+
+It knows nothing of sockets, disks, threads or clocks. Its state is the fold of the run's events plus what
+is not kept (who is connected, who made progress when). Whatever it decides that can't be derived again
+from the log is asked for as a `Record` command, and takes effect when that event is handed back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from common.errors import AlreadyDone, NotFound, TooLate
+from common.types import (
+    Assignment,
+    Capacity,
+    ModelManifest,
+    ObjectRef,
+    ProbeTask,
+    TaskKey,
+    UnitObject,
+)
+from fp_server import events as e
+from fp_server.commands import (
+    Aggregate,
+    Choose,
+    Command,
+    Connected,
+    Disconnected,
+    ProgressSeen,
+    Record,
+    Recovered,
+    Send,
+    SendAssignment,
+    SendCancel,
+    SendEnded,
+    SendPlanRequest,
+    SendProbe,
+    Stimulus,
+    Tick,
+)
+from fp_server.config import RunConfig
+from fp_server.roundstate import Member, Phase, Round, Stage
+from fp_server.seeding import draw_devices, rng_for
+
+
+class RunMachine:
+    """One run. `handle` is the only thing that changes it."""
+
+    def __init__(self, config: RunConfig, manifest: ModelManifest) -> None:
+        self.config, self.manifest = config, manifest
+        self.name = config.run.name
+        self.spec = config.run_spec(manifest)
+        self.connected: set[str] = set()
+        self.stale: set[str] = set()
+        """Devices that have connected since they last said what they can hold."""
+        self.plans: dict[str, e.PlanReceived] = {}
+        self.ledger: dict[int, ObjectRef] = {}
+        self.broadcast: dict[int, ObjectRef] = {}
+        self.next_round, self.attempt = 0, 0
+        self.current: Round | None = None
+        self.history: list[tuple[Round, e.RoundCommitted | None]] = []
+        self.paused: str | None = None
+        self.ended: e.RunEnded | None = None
+
+    # -- what others ask -------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        """Where the run stands."""
+        if self.ended is not None:
+            return Phase(self.ended.outcome)
+        if self.current is not None:
+            return Phase.ROUND if self.current.closed is None else Phase.AGGREGATING
+        return Phase.PAUSED if self.paused is not None else Phase.GATHERING
+
+    def capacity(self, device: str) -> Capacity | None:
+        """What a device can hold in the run's gradient mode; None when it has not said or can't."""
+        plan = self.plans.get(device)
+        capacity = plan.report.capacity(self.config.train.gradient) if plan is not None else None
+        return capacity if capacity is not None and capacity.units > 0 else None
+
+    def objects(self) -> tuple[UnitObject, ...]:
+        """The broadcast adapter, an object a layer, as the current round began with it."""
+        return tuple(UnitObject(layer, ref) for layer, ref in sorted(self.broadcast.items()))
+
+    def may_fetch(self, device: str) -> frozenset[str]:
+        """The digests of the device's current task (house plan §6)."""
+        task = self.task(device)
+        if isinstance(task, SendProbe):
+            return frozenset(o.ref.digest for o in task.task.adapter)
+        if isinstance(task, SendAssignment):
+            return frozenset(o.ref.digest for o in task.assignment.adapter)
+        return frozenset()
+
+    def assignment(self, device: str, key: TaskKey) -> Assignment:
+        """What a device was assigned for `key`. Raises TooLate or NotFound."""
+        current = self.current
+        if current is None or current.opened.key != key or current.closed is not None:
+            raise TooLate(
+                f"round {key.round + 1} of {key.run!r} (attempt {key.attempt + 1}) is closed; this update no longer counts"
+            )
+        member = current.members.get(device)
+        if member is None or member.assigned is None or member.stage is Stage.DROPPED:
+            raise NotFound(f"round {key.round + 1} of {key.run!r} expects no update from {device!r}")
+        return self._assignment(device, member.assigned)
+
+    def check_push(self, device: str, key: TaskKey, ref: ObjectRef) -> bool:
+        """Whether this very update is accepted already. Raises TooLate, NotFound or AlreadyDone."""
+        member = self._known(device, key)
+        if member is not None and member.accepted is not None:
+            if member.accepted.ref == ref:
+                return True
+            raise AlreadyDone(f"another update of {device!r} was accepted for round {key.round + 1} of {key.run!r}")
+        self.assignment(device, key)
+        return False
+
+    def _known(self, device: str, key: TaskKey) -> Member | None:
+        rounds = [r for r, _ in self.history[-1:]] + ([self.current] if self.current else [])
+        for a_round in rounds:
+            if a_round.opened.key == key:
+                return a_round.members.get(device)
+        return None
+
+    # -- what happens ----------------------------------------------------------------------------
+
+    def handle(self, happening: e.Event | Stimulus, now: float) -> list[Command]:
+        """Take in one event or stimulus at time `now` (seconds); returns what must be done, in order."""
+        out: list[Command] = []
+        match happening:
+            case e.PlanReceived():
+                self.plans[happening.device] = happening
+                self.stale.discard(happening.device)
+            case e.RoundOpened():
+                self._on_opened(happening, now, out)
+            case e.ProbeReceived():
+                self._on_probe(happening, now, out)
+            case e.Assigned():
+                if (member := self._member(happening.device, happening.key)) and member.stage is Stage.CHOOSING:
+                    member.assigned, member.stage, member.progress_at = happening, Stage.TRAINING, now
+                    if member.probe is not None:  # the matrix has served; a long run must not keep them all
+                        member.probe = replace(member.probe, similarity=np.empty((0, 0), np.float32))
+                    self._send_task(happening.device, out)
+            case e.UpdateAccepted():
+                if (member := self._member(happening.device, happening.key)) and not member.settled:
+                    member.accepted, member.stage = happening, Stage.DONE
+            case e.DeviceDropped():
+                if (member := self._member(happening.device, happening.key)) and not member.settled:
+                    member.dropped, member.stage = happening, Stage.DROPPED
+                    self._cancel(happening.device, happening.key, happening.message, out)
+            case e.RoundClosed():
+                self._on_closed(happening, out)
+                self._ask_stale(out)
+            case e.RoundCommitted():
+                self._on_committed(happening)
+                self._ask_stale(out)
+            case e.RunPaused():
+                self.paused = happening.reason
+            case e.RunResumed():
+                self.paused, self.attempt = None, self.attempt if self.current else 0
+            case e.RunEnded():
+                self._on_ended(happening, out)
+            case Connected():
+                self.connected.add(happening.device)
+                self.stale.add(happening.device)
+                self._greet(happening.device, now, out)
+            case Disconnected():
+                self.connected.discard(happening.device)
+            case ProgressSeen():
+                self._on_progress(happening, now)
+            case Recovered():
+                self._on_recovered(now, out)
+            case Tick() | e.RunStarted():
+                pass
+        out.extend(self._advance(now))
+        return out
+
+    def _member(self, device: str, key: TaskKey) -> Member | None:
+        if self.current is None or self.current.opened.key != key or self.current.closed is not None:
+            return None
+        return self.current.members.get(device)
+
+    def _on_opened(self, event: e.RoundOpened, now: float, out: list[Command]) -> None:
+        self.current = Round(event, now, {device: Member(progress_at=now) for device in event.drawn})
+        for device in event.drawn:
+            self._send_task(device, out)
+
+    def _on_probe(self, event: e.ProbeReceived, now: float, out: list[Command]) -> None:
+        member = self._member(event.device, event.key)
+        if member is None or member.stage is not Stage.PROBING:
+            return
+        member.probe, member.progress_at = event, now
+        if self.current is not None and self.current.opened.evaluate:
+            member.stage = Stage.DONE
+        else:
+            member.stage = Stage.CHOOSING
+            out.append(Choose(event.key, event.device))
+
+    def _on_closed(self, event: e.RoundClosed, out: list[Command]) -> None:
+        assert self.current is not None
+        self.current.closed = event
+        for device, member in self.current.members.items():
+            if not member.settled:
+                self._cancel(device, event.key, event.reason, out)
+        if event.aggregate and not self.current.opened.evaluate:
+            out.append(Aggregate(event.key))
+            return
+        self.history.append((self.current, None))
+        if self.current.opened.evaluate:
+            self.next_round += 1
+        else:
+            self.attempt += 1
+        self.current = None
+
+    def _on_committed(self, event: e.RoundCommitted) -> None:
+        assert self.current is not None
+        for unit in event.units:
+            self.ledger[unit.layer], self.broadcast[unit.layer] = unit.ledger, unit.broadcast
+        self.history.append((self.current, event))
+        self.current, self.next_round, self.attempt = None, self.next_round + 1, 0
+
+    def _on_ended(self, event: e.RunEnded, out: list[Command]) -> None:
+        if self.current is not None:
+            for device, member in self.current.members.items():
+                if not member.settled:
+                    self._cancel(device, self.current.opened.key, f"the run {event.outcome}", out)
+            self.history.append((self.current, None))
+            self.current = None
+        self.ended = event
+        out.extend(SendEnded(device, self.name, event.outcome) for device in sorted(self.connected))
+
+    def _on_progress(self, seen: ProgressSeen, now: float) -> None:
+        member = self._member(seen.device, seen.key)
+        if member is None:
+            return
+        before = member.progress
+        if before is None or before.phase != seen.phase or seen.amount > before.amount:
+            member.progress, member.progress_at = seen, now
+
+    def _on_recovered(self, now: float, out: list[Command]) -> None:
+        if self.current is None:
+            return
+        for device, member in self.current.members.items():
+            member.progress_at = now  # silence while the server was down is not the device's
+            if member.stage is Stage.CHOOSING:
+                out.append(Choose(self.current.opened.key, device))
+        if self.current.closed is not None:
+            out.append(Aggregate(self.current.opened.key))
+
+    # -- what is decided -------------------------------------------------------------------------
+
+    def _advance(self, now: float) -> list[Command]:
+        """The next decision that state and time allow; at most one, the next follows when it is handed back."""
+        if self.ended is not None:
+            return []
+        if self.current is not None:
+            return self._advance_round(self.current, now)
+        run = self.config.run
+        if self.next_round > run.rounds or (self.next_round == run.rounds and not run.final_evaluation):
+            return [Record(e.RunEnded(self.name, "finished"))]
+        if self.paused is not None:
+            return []
+        if self.attempt >= run.max_attempts:
+            reason = f"round {self.next_round + 1} failed {self.attempt} times; see the devices' errors, then resume"
+            return [Record(e.RunPaused(self.name, reason))]
+        return self._open()
+
+    def _open(self) -> list[Command]:
+        run, key = self.config.run, TaskKey(self.name, self.next_round, self.attempt)
+        evaluate = self.next_round == run.rounds
+        able = sorted(d for d in self.connected - self.stale if self.capacity(d) is not None)
+        if evaluate:
+            last = next((r.opened for r, c in reversed(self.history) if c is not None), None)
+            drawn = tuple(d for d in (last.drawn if last else ()) if d in able)
+            if not drawn and not able:
+                return []
+            return [Record(e.RoundOpened(self.name, key, tuple(able), drawn or tuple(able), {}, True))]
+        if len(able) < run.min_devices:
+            return []
+        drawn = draw_devices(able, self.config.drawn(len(able)), rng_for(run.seed, key.round, "", f"sample/{key.attempt}"))
+        return [Record(e.RoundOpened(self.name, key, tuple(able), drawn, self._excluded(able)))]
+
+    def _excluded(self, able: list[str]) -> dict[str, str]:
+        reasons: dict[str, str] = {}
+        for device in sorted(set(self.plans) | self.connected):
+            if device in able:
+                continue
+            plan = self.plans.get(device)
+            if plan is None or device in self.stale:
+                reasons[device] = "has not answered the plan request"
+            elif self.capacity(device) is None:
+                reasons[device] = plan.report.refusal or "can't hold the smallest submodel"
+            else:
+                reasons[device] = "not connected"
+        return reasons
+
+    def _advance_round(self, current: Round, now: float) -> list[Command]:
+        run, key = self.config.run, current.opened.key
+        if current.closed is not None:
+            return []
+        for device, member in current.members.items():
+            if not member.settled and member.stage is not Stage.CHOOSING:
+                silent = now - member.progress_at
+                if silent > run.progress_timeout_seconds:
+                    text = f"no progress for {silent:.0f} s while {member.stage.value}"
+                    return [Record(e.DeviceDropped(self.name, key, device, "UnreachableError", text))]
+        delivered = sum(member.stage is Stage.DONE for member in current.members.values())
+        open_ = sum(not member.settled for member in current.members.values())
+        overdue = now - current.opened_at > run.round_limit_seconds
+        wanted = len(current.members) if current.opened.evaluate else max(1, -(-len(current.members) * run.quorum // 1))
+        if open_ and delivered < wanted and not overdue:
+            return []
+        if current.opened.evaluate:
+            return [Record(e.RoundClosed(self.name, key, False, "evaluated"))]
+        enough = delivered >= run.min_updates
+        reason = (
+            "the round's time limit" if overdue else ("quorum" if open_ else "every drawn device has delivered or dropped out")
+        )
+        if not enough:
+            reason = f"{delivered} updates, {run.min_updates} needed ({reason})"
+        return [Record(e.RoundClosed(self.name, key, enough, reason))]
+
+    # -- what is said to devices -----------------------------------------------------------------
+
+    def task(self, device: str) -> Send | None:
+        """What a device is expected to be doing, for a reconnect; None when nothing."""
+        current = self.current
+        if current is None or current.closed is not None or device not in current.members:
+            return None
+        member = current.members[device]
+        if member.stage is Stage.PROBING:
+            seed = int(rng_for(self.config.run.seed, current.opened.key.round, device, "probe").integers(2**62))
+            task = ProbeTask(current.opened.key, self.config.probe_spec(seed), self.objects(), not current.opened.evaluate)
+            return SendProbe(device, task)
+        if member.stage is Stage.TRAINING and member.assigned is not None:
+            return SendAssignment(device, self._assignment(device, member.assigned))
+        return None
+
+    def _assignment(self, device: str, chosen: e.Assigned) -> Assignment:
+        key = chosen.key
+        seed = int(rng_for(self.config.run.seed, key.round, device, "train").integers(2**62))
+        spec = self.config.train_spec(self.manifest, self.config.learning_rate(key.round), seed)
+        kept = {unit.layer for unit in chosen.units}
+        adapter = tuple(o for o in self.objects() if o.layer in kept)
+        return Assignment(
+            key, chosen.units, chosen.groups, chosen.probabilities, spec, adapter, chosen.micro_batch,
+            chosen.checkpointing, chosen.redraws, chosen.reductions,
+        )  # fmt: skip
+
+    def _send_task(self, device: str, out: list[Command]) -> None:
+        if device in self.connected and (task := self.task(device)) is not None:
+            out.append(task)
+
+    def _cancel(self, device: str, key: TaskKey, reason: str, out: list[Command]) -> None:
+        if device in self.connected:
+            out.append(SendCancel(device, key, reason))
+
+    def _greet(self, device: str, now: float, out: list[Command]) -> None:
+        if self.ended is not None:
+            return
+        task = self.task(device)
+        if task is not None:
+            out.append(task)
+        elif self.current is None or device not in self.current.members:
+            # Asked at every connection: the budget may have changed while the device was away.
+            out.append(SendPlanRequest(device, self.spec))
+
+    def _ask_stale(self, out: list[Command]) -> None:
+        if self.current is None and self.ended is None:
+            out.extend(SendPlanRequest(device, self.spec) for device in sorted(self.stale & self.connected))

@@ -1,0 +1,113 @@
+"""Device sessions: decode, check, call, encode. Who calls comes from the certificate alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import grpc.aio
+
+from common.errors import ProtocolError
+from common.pb import session_pb2, session_pb2_grpc
+from common.transport import serde
+from common.transport.tls import Peer, peer_of
+from common.transport.wire import errors_to_status
+from fp_server import commands as c
+from fp_server.coordinator import Coordinator, Session
+from fp_server.identity import Authority
+
+VERSION = "0.1.0"
+HELLO_TIMEOUT = 30.0
+"""Seconds a new session may take to say Hello."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def caller(context: Context, authority: Authority, role: str) -> Peer:
+    """Who calls. Raises IdentityError for another role or a revoked certificate."""
+    peer = peer_of({key: list(values) for key, values in context.auth_context().items()})
+    authority.check(peer, role)
+    return peer
+
+
+class Sessions(session_pb2_grpc.SessionsServicer):
+    """Device sessions."""
+
+    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
+        self._coordinator, self._authority = coordinator, authority
+
+    async def Open(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        """One device's session, for as long as it lasts."""
+        async with errors_to_status(context):
+            peer = caller(context, self._authority, "device")
+            await _expect_hello(context)
+            await context.write(session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION)))
+            session = await self._coordinator.connect(peer.name)
+            try:
+                await self._serve(session, context)
+            finally:
+                await asyncio.shield(self._coordinator.disconnect(session))
+
+    async def _serve(self, session: Session, context: Context) -> None:
+        listening = asyncio.create_task(self._listen(session, context))
+        try:
+            while True:
+                speaking = asyncio.create_task(session.outbox.get())
+                done, _ = await asyncio.wait({listening, speaking}, return_when=asyncio.FIRST_COMPLETED)
+                if listening in done:
+                    speaking.cancel()
+                    listening.result()
+                    return
+                command = speaking.result()
+                if command is None:
+                    raise ProtocolError(session.reason)
+                await context.write(_encode(command))
+        finally:
+            listening.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await listening
+
+    async def _listen(self, session: Session, context: Context) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            device = session.device
+            match message.WhichOneof("body"):
+                case "plan":
+                    await self._coordinator.plan_reported(device, serde.plan_report_from_pb(message.plan))
+                case "probe":
+                    await self._coordinator.probe_reported(device, serde.probe_report_from_pb(message.probe))
+                case "progress":
+                    await self._coordinator.progressed(device, serde.progress_from_pb(message.progress))
+                case "failed":
+                    await self._coordinator.task_failed(device, serde.failed_from_pb(message.failed))
+                case other:
+                    raise ProtocolError(f"unexpected message {other or '(empty)'} in a session")
+
+
+async def _expect_hello(context: Context) -> None:
+    try:
+        first = await asyncio.wait_for(context.read(), HELLO_TIMEOUT)
+    except TimeoutError:
+        raise ProtocolError(f"no Hello within {HELLO_TIMEOUT:.0f} s") from None
+    if first is grpc.aio.EOF or first.WhichOneof("body") != "hello":
+        raise ProtocolError("a session must begin with Hello")
+    if first.hello.schema != serde.schema():
+        theirs = first.hello.schema[:16] or "(none)"
+        raise ProtocolError(
+            f"the device speaks protocol schema {theirs}… (version {first.hello.version[:40]}), "
+            f"this server {serde.schema()[:16]}… (version {VERSION}); install the same version on both sides"
+        )
+
+
+def _encode(command: c.Send) -> session_pb2.ServerMessage:
+    match command:
+        case c.SendPlanRequest():
+            return session_pb2.ServerMessage(plan=session_pb2.PlanRequest(spec=serde.run_spec_to_pb(command.spec)))
+        case c.SendProbe():
+            return session_pb2.ServerMessage(probe=serde.probe_task_to_pb(command.task))
+        case c.SendAssignment():
+            return session_pb2.ServerMessage(assignment=serde.assignment_to_pb(command.assignment))
+        case c.SendCancel():
+            return session_pb2.ServerMessage(cancel=session_pb2.Cancel(key=serde.key_to_pb(command.key), reason=command.reason))
+        case c.SendEnded():
+            return session_pb2.ServerMessage(ended=session_pb2.RunEnded(run=command.run, outcome=command.outcome))

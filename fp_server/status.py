@@ -1,0 +1,115 @@
+"""What a run and its devices look like now, as plain JSON values (documented in docs/protocol.md).
+
+Rounds and layers are 1-based here: this is what a person reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fp_server import events as e
+from fp_server.rounds import RunMachine
+from fp_server.roundstate import Member, Round
+
+
+def run_summary(machine: RunMachine) -> dict[str, Any]:
+    """One line of ``fp-server runs``."""
+    losses = [loss for _, loss in loss_curve(machine)]
+    return {
+        "run": machine.name,
+        "state": machine.phase.value,
+        "method": machine.config.run.method,
+        "model": machine.config.model.name,
+        "rounds_done": sum(commit is not None for _, commit in machine.history),
+        "rounds": machine.config.run.rounds,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+    }
+
+
+def loss_curve(machine: RunMachine) -> list[tuple[int, float]]:
+    """(completed rounds, full-model held-out loss), weighted by the devices' held-out tokens."""
+    curve: dict[int, tuple[float, int]] = {}
+    rounds = [r for r, _ in machine.history] + ([machine.current] if machine.current is not None else [])
+    for a_round in rounds:
+        for member in a_round.members.values():
+            if member.probe is not None and member.probe.tokens > 0:
+                total, tokens = curve.get(a_round.opened.key.round, (0.0, 0))
+                curve[a_round.opened.key.round] = (total + member.probe.loss * member.probe.tokens, tokens + member.probe.tokens)
+    return [(index, total / tokens) for index, (total, tokens) in sorted(curve.items())]
+
+
+def status(machine: RunMachine | None, problem: str, connected: list[str]) -> dict[str, Any]:
+    """Everything ``fp-server status`` shows."""
+    if machine is None:
+        return {"run": None, "state": "idle", "connected": connected, "problem": problem}
+    current = machine.current
+    return {
+        **run_summary(machine),
+        "paused": machine.paused,
+        "problem": problem,
+        "connected": connected,
+        "devices": {device: _device(machine, device) for device in sorted(set(machine.plans) | set(connected))},
+        "current": None if current is None else _round(current, None),
+        "history": [_round(a_round, commit) for a_round, commit in machine.history],
+        "loss": [{"rounds_done": done, "loss": loss} for done, loss in loss_curve(machine)],
+        "start": machine.config.lora.start.value,
+        "gradient": machine.config.train.gradient.value,
+        "min_holders": machine.config.limits.min_holders,
+        "ledger_layers": [layer + 1 for layer in sorted(machine.ledger)],
+    }
+
+
+def _device(machine: RunMachine, device: str) -> dict[str, Any]:
+    plan, capacity = machine.plans.get(device), machine.capacity(device)
+    return {
+        "connected": device in machine.connected,
+        "samples": plan.samples if plan else None,
+        "budget_bytes": plan.report.budget_bytes if plan else None,
+        "units": capacity.units if capacity else 0,
+        "refusal": plan.report.refusal if plan else "has not answered yet",
+        "smallest_budget": plan.report.smallest_budget if plan else None,
+    }
+
+
+def _round(a_round: Round, commit: e.RoundCommitted | None) -> dict[str, Any]:
+    opened = a_round.opened
+    return {
+        "round": opened.key.round + 1,
+        "attempt": opened.key.attempt + 1,
+        "evaluation": opened.evaluate,
+        "roster": list(opened.roster),
+        "excluded": opened.excluded,
+        "closed": a_round.closed.reason if a_round.closed else None,
+        "committed": commit is not None,
+        "bytes_up": commit.bytes_up if commit else None,
+        "bytes_down": commit.bytes_down if commit else None,
+        "changed_layers": [u.layer + 1 for u in commit.units] if commit else [],
+        "held_back_layers": [layer + 1 for layer in commit.held_back] if commit else [],
+        "energy_dropped": {str(u.layer + 1): u.dropped for u in commit.units} if commit else {},
+        "weights": commit.weights if commit else {},
+        "devices": {device: _member(member) for device, member in a_round.members.items()},
+    }
+
+
+def _member(member: Member) -> dict[str, Any]:
+    out: dict[str, Any] = {"stage": member.stage.value}
+    if member.progress is not None and not member.settled:
+        out["progress"] = {"phase": member.progress.phase, "done": member.progress.amount, "total": member.progress.total}
+    if member.probe is not None:
+        out["loss"], out["loss_tokens"] = member.probe.loss, member.probe.tokens
+        out["probe_peak_bytes"], out["probe_seconds"] = member.probe.peak_bytes, member.probe.seconds
+    if member.assigned is not None:
+        out["units"] = [u.label for u in member.assigned.units]
+        out["groups"] = [[u.label for u in group] for group in member.assigned.groups]
+        out["probabilities"] = [[round(p, 6) for p in group] for group in member.assigned.probabilities]
+        out["redraws"], out["reductions"] = member.assigned.redraws, member.assigned.reductions
+    if member.accepted is not None:
+        x = member.accepted.metrics
+        out["update_bytes"] = member.accepted.ref.size
+        out["loss_first"], out["loss_last"] = x.loss_first, x.loss_last
+        out["tokens_per_second"], out["train_seconds"] = x.tokens_per_second, x.seconds
+        out["predicted_peak_bytes"], out["measured_peak_bytes"] = x.predicted_peak_bytes, x.measured_peak_bytes
+    if member.dropped is not None:
+        out["error"], out["message"] = member.dropped.error, member.dropped.message
+    return out

@@ -1,0 +1,115 @@
+"""Object transfer for devices: what may be fetched, and how an update arrives."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from common.errors import FedPrunerError, NotFound, ProtocolError, TooLate
+from common.pb import objects_pb2, objects_pb2_grpc
+from common.transport import serde
+from common.transport.wire import CHUNK, errors_to_status
+from common.types import UpdateReady
+from fp_server import commands as c
+from fp_server.coordinator import Coordinator
+from fp_server.identity import Authority
+from fp_server.objects import Arrival
+from fp_server.service import Context, caller
+from fp_server.validation import check_update, update_bytes_limit
+
+
+class Objects(objects_pb2_grpc.ObjectsServicer):
+    """Object transfer for devices."""
+
+    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
+        self._coordinator, self._authority = coordinator, authority
+        self._pushing: dict[str, asyncio.Task[Any]] = {}
+
+    async def Fetch(self, request: objects_pb2.FetchRequest, context: Context) -> AsyncIterator[objects_pb2.Chunk]:  # noqa: N802
+        """An object of the device's current task, from an offset on."""
+        async with errors_to_status(context):
+            peer = caller(context, self._authority, "device")
+            machine = self._coordinator.active
+            if machine is None or request.digest not in machine.may_fetch(peer.name):
+                raise NotFound(f"object {request.digest[:16]!r}… is not part of this device's current task")
+            chunks = self._coordinator.store.chunks(request.digest, request.offset, CHUNK)
+            while chunk := await asyncio.to_thread(next, chunks, b""):
+                self._coordinator.fetched(len(chunk))
+                yield objects_pb2.Chunk(data=chunk)
+
+    async def Offset(self, request: objects_pb2.OffsetRequest, context: Context) -> objects_pb2.OffsetReply:  # noqa: N802
+        """How much of an update has arrived."""
+        async with errors_to_status(context):
+            peer = caller(context, self._authority, "device")
+            key, ref = serde.key_from_pb(request.key), serde.ref_from_pb(request.ref)
+            if self._coordinator.machine_for(key.run).check_push(peer.name, key, ref):
+                return objects_pb2.OffsetReply(offset=ref.size, accepted=True)
+            arrival = self._coordinator.store.arrival(peer.name, ref)
+            return objects_pb2.OffsetReply(offset=arrival.offset)
+        raise AssertionError("unreachable")
+
+    async def Push(self, request_iterator: Any, context: Context) -> objects_pb2.PushReply:  # noqa: N802
+        """Receive an update; the reply means it is durable, checked and counted."""
+        async with errors_to_status(context):
+            peer = caller(context, self._authority, "device")
+            if (older := self._pushing.get(peer.name)) is not None and not older.done():
+                older.cancel()  # a half-open stream of the same device must not write to the same file
+                await asyncio.wait({older})
+            current = asyncio.current_task()
+            assert current is not None
+            self._pushing[peer.name] = current
+            try:
+                first = await context.read()
+                if first is grpc.aio.EOF or first.WhichOneof("body") != "header":
+                    raise ProtocolError("a push must begin with its header")
+                ready = serde.ready_from_pb(first.header)
+                return await self._receive(peer.name, ready, first.header.offset, context)
+            finally:
+                if self._pushing.get(peer.name) is current:
+                    del self._pushing[peer.name]
+        raise AssertionError("unreachable")
+
+    async def _receive(self, device: str, ready: UpdateReady, offset: int, context: Context) -> objects_pb2.PushReply:
+        machine = self._coordinator.machine_for(ready.key.run)
+        if machine.check_push(device, ready.key, ready.ref):
+            return objects_pb2.PushReply(duplicate=True)
+        assignment = machine.assignment(device, ready.key)
+        limit = update_bytes_limit(assignment, machine.manifest)
+        if ready.ref.size > limit:
+            text = f"the update announces {ready.ref.size} bytes; this assignment can't need more than {limit}"
+            await self._coordinator.reject(device, ready.key, ProtocolError(text))
+            raise ProtocolError(text)
+        arrival = self._coordinator.store.arrival(device, ready.ref)
+        have = await asyncio.to_thread(arrival.open)
+        try:
+            if offset != have:
+                raise ProtocolError(f"the push begins at byte {offset}, expected {have}; ask Offset first")
+            await self._append(device, ready, arrival, context)
+        finally:
+            await asyncio.shield(asyncio.to_thread(arrival.close))
+        path = await asyncio.to_thread(arrival.finish)
+        try:
+            norm = machine.config.limits.max_update_norm
+            await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm)
+        except FedPrunerError as error:
+            arrival.discard()
+            await self._coordinator.reject(device, ready.key, error)
+            raise
+        await asyncio.to_thread(arrival.adopt)
+        return objects_pb2.PushReply(duplicate=await self._coordinator.accept(device, ready))
+
+    async def _append(self, device: str, ready: UpdateReady, arrival: Arrival, context: Context) -> None:
+        reported = 0
+        while (message := await context.read()) is not grpc.aio.EOF:
+            if message.WhichOneof("body") != "chunk":
+                raise ProtocolError("after its header a push holds chunks only")
+            await asyncio.to_thread(arrival.write, message.chunk.data)
+            if arrival.offset - reported >= 4 * CHUNK:
+                reported = arrival.offset
+                machine = self._coordinator.machine_for(ready.key.run)
+                if machine.current is None or machine.current.opened.key != ready.key:
+                    raise TooLate(f"round {ready.key.round + 1} was closed while the update arrived")
+                await self._coordinator.post(c.ProgressSeen(device, ready.key, "push", reported, ready.ref.size))

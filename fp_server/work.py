@@ -1,0 +1,144 @@
+"""The slow parts of a round, run in a thread: choosing units, and stacking updates into the ledger.
+
+Both read a machine that does not change under them (a round waits for its own choice or commit) and give
+back an event. The same state gives the same event, so a restart simply does them again.
+"""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+from common.blocks import block_names, key
+from common.config import parse
+from common.tensorfile import TensorFile
+from common.types import TaskKey, UnitId
+from fp_server import events as e
+from fp_server.config import RunConfig
+from fp_server.ledger import Contribution, aggregate_layer, broadcast_layer
+from fp_server.methods import METHODS, PlanInputs
+from fp_server.objects import ObjectStore, storage_error
+from fp_server.rounds import RunMachine
+from fp_server.roundstate import Round
+from fp_server.seeding import rng_for
+
+
+def parse_run(toml: str, source: str) -> RunConfig:
+    """A run file's text. Raises ConfigError naming every wrong key."""
+    return parse(toml, RunConfig, source)
+
+
+def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
+    """FDLO and IALS for one device (paper §3.1, §3.2). Raises BudgetError when nothing fits."""
+    current = machine.current
+    assert current is not None and current.opened.key == task
+    probe, capacity = current.members[device].probe, machine.capacity(device)
+    assert probe is not None and capacity is not None
+    report = machine.plans[device].report
+    # The plan's unit count is for the largest units: what that many cost is what the draw may cost.
+    limit = sum(sorted(report.unit_bytes, reverse=True)[: capacity.units])
+    inputs = PlanInputs(
+        probe.similarity, probe.in_out, capacity.units, report.unit_bytes, limit, machine.config.pruning.eigenvectors
+    )
+    rng = rng_for(machine.config.run.seed, task.round, device, f"plan/{task.attempt}")
+    draw = METHODS[machine.config.run.method].plan(inputs, rng)
+    return e.Assigned(
+        machine.name,
+        task,
+        device,
+        tuple(UnitId(unit) for unit in draw.units),
+        tuple(tuple(UnitId(unit) for unit in group) for group in draw.groups),
+        draw.probabilities,
+        draw.redraws,
+        draw.reductions,
+        capacity.micro_batch,
+        capacity.checkpointing,
+    )
+
+
+def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, bytes_down: int) -> e.RoundCommitted:
+    """Stack a closed round's accepted updates, layer by layer, one module at a time (Eq. 5).
+
+    Raises StorageError (disk full, damaged object); then nothing has changed and it can be tried again.
+    """
+    current = machine.current
+    assert current is not None and current.opened.key == task
+    config, manifest = machine.config, machine.manifest
+    method, targets = METHODS[config.run.method], config.targets(manifest)
+    accepted = {d: m for d, m in sorted(current.members.items()) if m.accepted is not None}
+    samples = {device: machine.plans[device].samples for device in accepted}
+    commits: list[e.UnitCommit] = []
+    held_back: list[int] = []
+    for layer, holders in sorted(_holders(current).items()):
+        if len(holders) < config.limits.min_holders:
+            held_back.append(layer)
+            continue
+        weights = method.weights({device: samples[device] for device in holders})
+        scale = config.lora.alpha / config.lora.rank
+        parts: list[Contribution] = []
+        for device in holders:
+            update = accepted[device].accepted
+            assert update is not None
+            parts.append(Contribution(device, weights[device], scale, config.lora.rank, store.path(update.ref.digest)))
+        ledger, broadcast = machine.ledger.get(layer), machine.broadcast.get(layer)
+        scratch = _Scratch(store)
+        try:
+            out = scratch.file()
+            aggregate_layer(
+                layer, manifest, targets, store.path(ledger.digest) if ledger else None, parts, out,
+                config.lora.start, store.path(broadcast.digest) if broadcast else None,
+            )  # fmt: skip
+            new_ledger = store.adopt(out)
+            out = scratch.file()
+            dropped = broadcast_layer(store.path(new_ledger.digest), layer, manifest, config.lora.broadcast_rank, out)
+            energy = _dropped_energy(out, dropped)
+            new_broadcast = store.adopt(out)
+        except OSError as error:
+            raise storage_error(store.scratch, error) from None
+        finally:
+            scratch.clear()
+        commits.append(e.UnitCommit(layer, new_ledger, new_broadcast, tuple(holders), energy))
+    bytes_up = sum(m.accepted.ref.size for m in accepted.values() if m.accepted is not None)
+    return e.RoundCommitted(machine.name, task, tuple(commits), tuple(held_back), samples, bytes_up, bytes_down)
+
+
+def _holders(current: Round) -> dict[int, list[str]]:
+    """S_l of Eq. 5: layer -> the devices whose accepted update holds it, in device-id order."""
+    holders: dict[int, list[str]] = {}
+    for device, member in sorted(current.members.items()):
+        if member.accepted is not None and member.assigned is not None:
+            for layer in sorted({unit.layer for unit in member.assigned.units}):
+                holders.setdefault(layer, []).append(device)
+    return holders
+
+
+def _dropped_energy(broadcast: Path, dropped: dict[str, float]) -> float:
+    """The part of a whole layer's energy the broadcast leaves out, from its modules' parts.
+
+    The broadcast's A has orthonormal rows, so ‖B‖² is the energy kept of a module.
+    """
+    lost = total = 0.0
+    with TensorFile(broadcast) as file:
+        for layer, module in block_names(file):
+            kept = float(np.square(file.float32(key(layer, module, "B")), dtype=np.float64).sum())
+            whole = kept / (1.0 - dropped[module]) if dropped[module] < 1.0 else kept
+            lost, total = lost + whole - kept, total + whole
+    return lost / total if total else 0.0
+
+
+class _Scratch:
+    """Temporary files of one layer, removed whatever happens."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store, self._files = store, list[Path]()
+
+    def file(self) -> Path:
+        path = self._store.scratch / uuid.uuid4().hex
+        self._files.append(path)
+        return path
+
+    def clear(self) -> None:
+        for path in self._files:
+            path.unlink(missing_ok=True)
