@@ -1,0 +1,285 @@
+"""Session and object transfer against a real mTLS server that cuts, corrupts and refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from datetime import timedelta
+
+import pytest
+from fake_ca import FakeCa
+from fake_server import serving
+
+from common.errors import DigestError, IdentityError, ProtocolError, TooLate, UnreachableError
+from common.pb import session_pb2
+from common.transport import serde, wire
+from common.types import ObjectRef, Progress, TaskKey, UpdateMetrics, UpdateReady
+from fp_client.cache import ObjectCache, file_digest
+from fp_client.rpc import Cancel, Connection, RunEnded
+from fp_client.rpc_objects import MAX_OBJECT, Transfer
+
+QUICK = wire.Backoff(first=0.01, longest=0.02, attempts=4)
+KEY = TaskKey("r", 0, 0)
+
+
+def data_of(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def with_server(tmp_path, body, name="alice"):
+    async def main():
+        async with serving() as server:
+            server.ca.join(tmp_path, name)
+            connection = Connection(tmp_path, server.address, QUICK)
+            try:
+                await body(server, connection)
+            finally:
+                await connection.close()
+
+    asyncio.run(main())
+
+
+def test_session_says_its_schema_and_hears_what_the_server_says(tmp_path):
+    async def body(server, connection):
+        session = await connection.open()
+        assert session.device == "alice" and server.sessions.schemas == [serde.schema()]
+        key = serde.key_to_pb(KEY)
+        await server.sessions.tell.put(session_pb2.ServerMessage(cancel=session_pb2.Cancel(key=key, reason="late")))
+        await server.sessions.tell.put(session_pb2.ServerMessage(ended=session_pb2.RunEnded(run="r", outcome="finished")))
+        await session.send(Progress(KEY, "train", 1, 5))
+        assert (await server.sessions.next("progress")).done == 1
+        await server.sessions.tell.put(None)
+        assert [said async for said in session] == [Cancel(KEY, "late"), RunEnded("r", "finished")]
+        await session.close()
+
+    with_server(tmp_path, body)
+
+
+def test_an_unexpected_message_is_a_protocol_error(tmp_path):
+    async def body(server, connection):
+        session = await connection.open()
+        await server.sessions.tell.put(session_pb2.ServerMessage())
+        with pytest.raises(ProtocolError, match="unexpected message"):
+            async for _ in session:
+                pass
+        await session.close()
+
+    with_server(tmp_path, body)
+
+
+def test_another_schema_is_refused_with_the_servers_words(tmp_path):
+    async def body(server, connection):
+        server.sessions.refuse = ProtocolError("this device speaks schema A, the server B")
+        with pytest.raises(ProtocolError, match="schema A, the server B"):
+            await connection.open()
+
+    with_server(tmp_path, body)
+
+
+def test_a_revoked_certificate(tmp_path):
+    async def body(server, connection):
+        server.sessions.refuse = IdentityError("certificate of 'alice' was revoked")
+        with pytest.raises(IdentityError, match="revoked"):
+            await connection.open()
+
+    with_server(tmp_path, body)
+
+
+async def _refused(connection) -> IdentityError:
+    """What repeated tries end with: a refusal is only believed the second time."""
+    with pytest.raises(UnreachableError):
+        await connection.open()
+    with pytest.raises(IdentityError) as caught:
+        await connection.open()
+    return caught.value
+
+
+def test_a_certificate_of_another_ca_is_told_from_a_server_that_is_down(tmp_path):
+    async def main():
+        async with serving() as server:
+            FakeCa.make().join(tmp_path)
+            (tmp_path / "ca.pem").write_bytes(server.ca.pem)
+            connection = Connection(tmp_path, server.address, QUICK)
+            assert "refuses this device's certificate" in str(await _refused(connection))
+            await connection.close()
+
+    asyncio.run(main())
+
+
+def test_a_server_of_another_ca(tmp_path):
+    async def main():
+        async with serving() as server:
+            FakeCa.make().join(tmp_path)
+            connection = Connection(tmp_path, server.address, QUICK)
+            assert "can't be verified" in str(await _refused(connection))
+            await connection.close()
+
+    asyncio.run(main())
+
+
+def test_a_server_that_is_down_is_unreachable_however_often(tmp_path):
+    async def main():
+        FakeCa.make().join(tmp_path)
+        connection = Connection(tmp_path, "localhost:1", QUICK)
+        for _ in range(3):
+            with pytest.raises(UnreachableError, match="localhost:1"):
+                await connection.open()
+        await connection.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("missing", ["ca.pem", "device.pem", "device.key"])
+def test_a_missing_file_is_named(tmp_path, missing):
+    FakeCa.make().join(tmp_path)
+    (tmp_path / missing).unlink()
+
+    async def main():
+        Connection(tmp_path, "localhost:1")
+
+    with pytest.raises(IdentityError, match=missing):
+        asyncio.run(main())
+
+
+def test_an_expired_certificate_is_named_with_its_date(tmp_path):
+    FakeCa.make().join(tmp_path, valid=(timedelta(days=-2), timedelta(days=-1)))
+
+    async def main():
+        Connection(tmp_path, "localhost:1")
+
+    with pytest.raises(IdentityError, match=r"expired on .* join again"):
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fetch_goes_on_from_the_byte_that_arrived_last(tmp_path, seed):
+    async def body(server, connection):
+        data = data_of(5 * wire.CHUNK + 17, seed)
+        ref = server.objects.put(data)
+        cuts = sorted(random.Random(seed).sample(range(1, len(data)), 3))
+        server.objects.cuts = list(cuts)
+        target = tmp_path / "object"
+        await Transfer(connection).fetch(ref, target)
+        assert target.read_bytes() == data
+        assert server.objects.offsets == [0, *cuts]
+
+    with_server(tmp_path, body)
+
+
+def test_fetch_gives_up_after_bounded_tries(tmp_path):
+    async def body(server, connection):
+        ref = server.objects.put(data_of(1000))
+        server.objects.cuts = [0] * 100
+        with pytest.raises(UnreachableError):
+            await Transfer(connection).fetch(ref, tmp_path / "object")
+        assert len(server.objects.offsets) == QUICK.attempts
+
+    with_server(tmp_path, body)
+
+
+def test_fetched_bytes_must_be_the_ones_announced(tmp_path):
+    async def body(server, connection):
+        data = data_of(3000)
+        ref = server.objects.put(data)
+        server.objects.objects[ref.digest] = data[:-1] + b"?"
+        with pytest.raises(DigestError, match="have digest"):
+            await Transfer(connection).fetch(ref, tmp_path / "object")
+        server.objects.objects[ref.digest] = data + b"more"
+        with pytest.raises(DigestError, match="more than the 3000 bytes"):
+            await Transfer(connection).fetch(ref, tmp_path / "object")
+        assert not (tmp_path / "object").exists() and not (tmp_path / "object.part").exists()
+
+    with_server(tmp_path, body)
+
+
+def test_a_damaged_partial_file_costs_one_more_fetch(tmp_path):
+    async def body(server, connection):
+        data = data_of(3000)
+        ref = server.objects.put(data)
+        (tmp_path / "object.part").write_bytes(b"x" * 100)
+        await Transfer(connection).fetch(ref, tmp_path / "object")
+        assert (tmp_path / "object").read_bytes() == data and server.objects.offsets == [100, 0]
+
+    with_server(tmp_path, body)
+
+
+def test_an_absurd_size_is_refused_before_anything_is_fetched(tmp_path):
+    async def body(server, connection):
+        with pytest.raises(ProtocolError, match="more than any adapter object"):
+            await Transfer(connection).fetch(ObjectRef("0" * 64, MAX_OBJECT + 1), tmp_path / "object")
+        assert server.objects.offsets == []
+
+    with_server(tmp_path, body)
+
+
+def update(tmp_path, size: int) -> tuple[UpdateReady, object]:
+    path = tmp_path / "update"
+    path.write_bytes(data_of(size))
+    return UpdateReady(KEY, ObjectRef(file_digest(path), size), UpdateMetrics(2.0, 1.0)), path
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_push_resends_nothing_that_arrived(tmp_path, seed):
+    async def body(server, connection):
+        ready, path = update(tmp_path, 6 * wire.CHUNK + 5)
+        cuts = sorted(random.Random(seed).sample(range(1, ready.ref.size), 3))
+        server.objects.cuts = list(cuts)
+        told = []
+        assert await Transfer(connection).push(ready, path, lambda done, total: told.append((done, total))) is False
+        assert server.objects.accepted[ready.ref.digest] == path.read_bytes()
+        assert server.objects.offsets == [0, *cuts]
+        # A cut loses at most the chunk in which it happened; all else is received once.
+        assert ready.ref.size <= server.objects.bytes_in < ready.ref.size + len(cuts) * wire.CHUNK
+        assert told[-1] == (ready.ref.size, ready.ref.size)
+
+    with_server(tmp_path, body)
+
+
+def test_a_push_whose_reply_was_lost_is_not_sent_again(tmp_path):
+    async def body(server, connection):
+        ready, path = update(tmp_path, 3000)
+        server.objects.lose_replies = 1
+        assert await Transfer(connection).push(ready, path) is True
+        assert server.objects.bytes_in == 3000 and server.objects.pushes == 1
+
+    with_server(tmp_path, body)
+
+
+def test_push_gives_up_after_bounded_tries(tmp_path):
+    async def body(server, connection):
+        ready, path = update(tmp_path, 3000)
+        server.objects.cuts = [1] * 100
+        with pytest.raises(UnreachableError):
+            await Transfer(connection).push(ready, path)
+        assert server.objects.pushes == QUICK.attempts
+
+    with_server(tmp_path, body)
+
+
+def test_a_late_push_is_told_so(tmp_path):
+    async def body(server, connection):
+        ready, path = update(tmp_path, 3000)
+        server.objects.error = TooLate("round 1 is closed")
+        with pytest.raises(TooLate, match="round 1 is closed"):
+            await Transfer(connection).push(ready, path)
+
+    with_server(tmp_path, body)
+
+
+def test_cache_fetches_once_refetches_what_is_damaged_and_stays_bounded(tmp_path):
+    async def body(server, connection):
+        fetch = Transfer(connection).fetch
+        cache = ObjectCache(tmp_path / "cache", 2500)
+        refs = [server.objects.put(data_of(1000, seed)) for seed in range(3)]
+        path = await cache.get(refs[0], fetch)
+        await cache.get(refs[0], fetch)
+        assert len(server.objects.offsets) == 1
+        path.write_bytes(b"?" * 1000)
+        assert (await cache.get(refs[0], fetch)).read_bytes() == data_of(1000, 0)
+        assert len(server.objects.offsets) == 2
+        await cache.get(refs[1], fetch)
+        await cache.get(refs[2], fetch)
+        assert sum(p.stat().st_size for p in cache.directory.iterdir()) <= 2500
+        assert cache.holds(refs[1]) and cache.holds(refs[2]) and not cache.holds(refs[0])
+
+    with_server(tmp_path, body)
