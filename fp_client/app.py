@@ -1,0 +1,101 @@
+"""The daemon put together: configuration, connection, agent, signals, and the lock on the device directory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import InUseError, StorageError
+from common.transport.wire import Backoff
+from fp_client.agent import Agent
+from fp_client.cache import ObjectCache
+from fp_client.config import ClientConfig, cache_dir, load_config, need_server
+from fp_client.policy import load_policy
+from fp_client.rpc import Connection
+from fp_client.rpc_objects import Transfer
+from fp_client.state import Outbox, Runs
+from fp_client.work import LocalWork
+
+log = logging.getLogger(__name__)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (seconds), level, logger, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON."""
+        line = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log_to_stderr(as_json: bool, verbose: bool = False) -> None:
+    """Send the logs to standard error, for people or as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    formatter.converter = time.localtime
+    handler.setFormatter(JsonLines() if as_json else formatter)
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def only_daemon(directory: Path) -> Iterator[None]:
+    """Hold the device directory. Raises InUseError when another daemon does."""
+    path = directory / "lock"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"{path}: can't be written: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InUseError(f"{directory}: another fp-client runs on this directory; stop it, or use another --dir") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def backoff_of(config: ClientConfig) -> Backoff:
+    """The [retry] section as a backoff."""
+    return Backoff(config.retry.first_seconds, config.retry.longest_seconds, attempts=config.retry.attempts)
+
+
+async def serve(directory: Path) -> None:
+    """Run the daemon until SIGTERM or SIGINT (returns), or an error that ends it (raises)."""
+    config, policy = load_config(directory), load_policy(directory)
+    address = need_server(config, directory)
+    connection = Connection(directory, address, backoff_of(config))
+    cache = ObjectCache(cache_dir(config, directory) / "objects", config.cache.max_size)
+    agent = Agent(
+        connection.open, Transfer(connection), LocalWork(config, directory), policy, cache,
+        Runs(directory / "runs"), Outbox(directory / "outbox"), connection.backoff,
+    )  # fmt: skip
+    running = asyncio.create_task(agent.run())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, running.cancel)
+    log.info("device directory %s, server %s", directory, address)
+    try:
+        await running
+    except asyncio.CancelledError:
+        log.info("stopped")
+    finally:
+        await connection.close()
+
+
+def run(directory: Path) -> None:
+    """`serve` with the directory held."""
+    with only_daemon(directory):
+        asyncio.run(serve(directory))

@@ -1,0 +1,77 @@
+"""`fp-client`: the device's command line. Light to import: no torch, and gRPC only where it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import FedPrunerError
+
+Directory = Annotated[
+    Path, typer.Option("--dir", envvar="FP_CLIENT_DIR", help="The device directory: certificate, client.toml, policy.toml, caches.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+HERE = Path()
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    help="A FedPruner device: joins a server, fine-tunes the part of a model that fits its memory, uploads LoRA factors.",
+    epilog="Example:  fp-client join fp1.eyJ…  --dir dev1  &&  fp-client doctor --dir dev1  &&  fp-client run --dir dev1",
+)  # fmt: skip
+
+
+@app.command(epilog="Example:  fp-client join fp1.eyJlbnJvbGwi… --dir dev1   (use - to read the token from standard input)")
+def join(
+    token: Annotated[str, typer.Argument(help="The one-time token that `fp-server token` printed; - reads it from standard input.")],
+    directory: Directory = HERE,
+    as_json: Json = False,
+) -> None:
+    """Turn a join token into this device's certificate and a first client.toml."""
+    import asyncio
+    import json
+
+    from fp_client.enroll import join as enroll
+
+    text = sys.stdin.readline() if token == "-" else token
+    say = (lambda _: None) if as_json else (lambda line: typer.echo(line, err=True))
+    joined = asyncio.run(enroll(text, directory, say=say))
+    if as_json:
+        typer.echo(json.dumps({"name": joined.name, "role": joined.role, "server": joined.server, "dir": str(directory)}))
+    else:
+        typer.echo(f"joined {joined.server} as {joined.role} {joined.name!r}; edit {directory / 'client.toml'}, then `fp-client doctor`")
+
+
+@app.command(epilog="Example:  fp-client run --dir dev1   (ends with SIGTERM or Ctrl-C; exit code 7 when the server stays away)")
+def run(
+    directory: Directory = HERE,
+    as_json: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Run the device daemon; it logs to standard error."""
+    from fp_client import app as daemon
+
+    daemon.log_to_stderr(as_json, verbose)
+    daemon.run(directory)
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and their exit code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own log lines say nothing that our errors do not
+    from fp_client import commands_model, commands_plan, commands_probe
+
+    for module in (commands_plan, commands_probe, commands_model):
+        module.register(app)
+    try:
+        app()
+    except FedPrunerError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()
