@@ -48,7 +48,7 @@ class FakeSessions(session_pb2_grpc.SessionsServicer):
     """Every session is announced in `opened`; what the device says is in `said`, what to tell it goes into `tell`."""
 
     def __init__(self) -> None:
-        self.opened = 0
+        self.opened = self.live = 0
         self.said: asyncio.Queue[Any] = asyncio.Queue()
         self.tell: asyncio.Queue[Any] = asyncio.Queue()
         self.refuse: FedPrunerError | None = None
@@ -66,16 +66,23 @@ class FakeSessions(session_pb2_grpc.SessionsServicer):
         async def listen() -> None:
             async for message in requests:
                 await self.said.put(message)
-            await self.tell.put(None)
 
+        self.live += 1
         listening = asyncio.create_task(listen())
+        telling = asyncio.create_task(self.tell.get())
         try:
-            while (message := await self.tell.get()) is not None:
+            while True:
+                await asyncio.wait({listening, telling}, return_when=asyncio.FIRST_COMPLETED)
+                if not telling.done() or (message := telling.result()) is None:
+                    return
                 if message == "cut":
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
                 yield message
+                telling = asyncio.create_task(self.tell.get())
         finally:
             listening.cancel()
+            telling.cancel()
+            self.live -= 1
 
     async def next(self, kind: str, skip: tuple[str, ...] = ("progress",)) -> Any:
         """The next message that is not of `skip`; it must be of `kind`."""

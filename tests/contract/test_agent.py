@@ -119,6 +119,7 @@ class Device:
         if not self.running.cancelled():
             self.running.exception()  # what ended the agent is read by the tests that expect an end
         await self.connection.close()
+        await self.until(lambda: not self.server.sessions.live)
 
     async def hears(self, kind, value):
         message = {
@@ -478,7 +479,8 @@ def test_a_refusal_ends_the_daemon_at_once(tmp_path, error):
 def test_a_server_that_talks_nonsense_is_not_asked_for_ever(tmp_path):
     async def body(server):
         async with Device(server, tmp_path) as device:
-            for _ in range(QUICK.attempts):
+            for number in range(QUICK.attempts):
+                await device.until(lambda number=number: server.sessions.opened == number + 1)
                 await server.sessions.tell.put(session_pb2.ServerMessage())
             with pytest.raises(ProtocolError, match="unexpected message"):
                 await asyncio.wait_for(device.running, 20)
