@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from common import config as configuration
@@ -11,12 +13,14 @@ from fp_server.coordinator import Coordinator
 from fp_server.export import export_peft
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
+from fp_server.rounds import RunMachine
 
 
-def export_run(directory: Path, run: str, out: Path, base: str, rank: int | None) -> str:
-    """Export a run (the newest for an empty name); returns a line for a person.
+@contextlib.contextmanager
+def open_run(directory: Path, run: str) -> Iterator[tuple[RunMachine, ObjectStore]]:
+    """A run (the newest for an empty name) and the store of a data directory, for reading only.
 
-    Raises NotFound for an unknown run or an empty ledger, ConfigError when `out` exists.
+    Raises ConfigError when this is no server directory, NotFound for an unknown run.
     """
     if not (directory / "log.sqlite").exists():
         raise ConfigError(f"{directory}: not a server directory")
@@ -25,11 +29,19 @@ def export_run(directory: Path, run: str, out: Path, base: str, rank: int | None
     try:
         coordinator = Coordinator(config, EventLog(database), ObjectStore(directory))
         coordinator.names = coordinator.log.runs()
-        machine = coordinator.run(run)
-        ledgers = {layer: coordinator.store.path(ref.digest) for layer, ref in machine.ledger.items()}
-        dropped = export_peft(ledgers, machine.manifest, out, base or machine.config.model.name, rank)
+        yield coordinator.run(run), coordinator.store
     finally:
         database.close()
+
+
+def export_run(directory: Path, run: str, out: Path, base: str, rank: int | None) -> str:
+    """Export a run (the newest for an empty name); returns a line for a person.
+
+    Raises NotFound for an unknown run or an empty ledger, ConfigError when `out` exists.
+    """
+    with open_run(directory, run) as (machine, store):
+        ledgers = {layer: store.path(ref.digest) for layer, ref in machine.ledger.items()}
+        dropped = export_peft(ledgers, machine.manifest, out, base or machine.config.model.name, rank)
     worst = max(dropped.values(), default=0.0)
     kept = "nothing dropped" if rank is None else f"at most {worst:.2%} of a module's energy dropped"
     rounds = sum(commit is not None for _, commit in machine.history)
