@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,17 +52,6 @@ def stack_rows(batches: Sequence[Batch]) -> Batch:
     return {name: torch.cat([pad(batch[name], value) for batch in batches]) for name, value in fill.items()}
 
 
-def _rows(value: Any, rows: int, start: int, stop: int) -> Any:
-    """The rows [start, stop) of whatever a layer is called with; what is shared by all rows passes unchanged."""
-    if isinstance(value, torch.Tensor):
-        return value[start:stop] if rows > 1 and value.dim() > 0 and value.shape[0] == rows else value
-    if isinstance(value, tuple | list):
-        return type(value)(_rows(item, rows, start, stop) for item in value)
-    if isinstance(value, dict):
-        return {name: _rows(item, rows, start, stop) for name, item in value.items()}
-    return value
-
-
 class _Streamed(nn.Module):
     """A decoder layer whose weights exist only while it runs."""
 
@@ -71,20 +60,19 @@ class _Streamed(nn.Module):
         self.layer, self.index, self.run = layer, index, run
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(rows, T, d) -> the same, updated in place a few rows at a time."""
+        """Take all rows of the run through the layer, in place; what the family passes along is for one row and is
+        broadcast. `hidden_states` (1, T, d) only stands for them and is returned as it came."""
+        run, states = self.run, self.run.states
         if self.index == 0:
-            self.run.see(hidden_states)
-        self.run.loader.materialise(self.layer, self.index)
-        attach_ledger(self.layer, self.index, self.run.adapter.get(self.index, ()), self.run.loader.device)
-        rows = hidden_states.shape[0]
-        for start in range(0, rows, self.run.micro_rows):
-            stop = min(start + self.run.micro_rows, rows)
-            inputs = (_rows(value, rows, start, stop) for value in args)
-            named = {name: _rows(value, rows, start, stop) for name, value in kwargs.items()}
-            hidden_states[start:stop] = self.layer(hidden_states[start:stop], *inputs, **named)
-        self.run.loader.release(self.layer)
-        self.run.see(hidden_states)
-        self.run.step(self.index)
+            run.see(states)
+        run.loader.materialise(self.layer, self.index)
+        attach_ledger(self.layer, self.index, run.adapter.get(self.index, ()), run.loader.device)
+        for start in range(0, states.shape[0], run.micro_rows):
+            part = states[start : start + run.micro_rows]
+            part.copy_(self.layer(part, *args, **kwargs))
+        run.loader.release(self.layer)
+        run.see(states)
+        run.step(self.index)
         return hidden_states
 
 
@@ -101,6 +89,8 @@ class _Run:
     done: int = 0
     cka: CkaAccumulator | None = None
     where: torch.Tensor | None = None
+    states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """(rows, T, d): the residual stream of all rows of the pass."""
 
     def see(self, hidden: torch.Tensor) -> None:
         """Record a residual stream at the sampled positions."""
@@ -182,10 +172,12 @@ def _plan_passes(first: Sequence[Batch], heldout: Sequence[Batch], pass_rows: in
 def _pass(run: _Run, stack: nn.Module, norm: nn.Module, rows: Batch, skip: int, softcap: float | None) -> tuple[float, int]:
     """(summed loss, response tokens) of the rows after the first `skip`, which are the probe batch's."""
     device = run.loader.device
-    # No padding mask: padding is on the right and attention is causal, so no real token sees it.
-    states = stack(input_ids=rows["input_ids"].to(device), use_cache=False).last_hidden_state
-    hidden, labels = response_positions(states[skip:], rows["labels"][skip:].to(device))
-    del states
+    run.states = stack.get_submodule(run.loader.family.embedding)(rows["input_ids"].to(device))
+    # One row stands for all: padding is on the right and attention is causal, so no real token sees it and every row
+    # has the same mask and positions. The family makes them once, for one row, whatever the number of rows is.
+    stack(inputs_embeds=run.states[:1], use_cache=False)
+    hidden, labels = response_positions(run.states[skip:], rows["labels"][skip:].to(device))
+    run.states = torch.empty(0)
     if not labels.numel():
         return 0.0, 0
     for start in range(0, len(hidden), NORM_ROWS):

@@ -10,6 +10,9 @@ import transformers
 
 from fp_client.families import FAMILIES, model_class
 
+# Models this small gain nothing from threads, and on a busy machine waiting for them costs most of the time.
+torch.set_num_threads(1)
+
 LAYERS = 6
 VOCABULARY = 320
 
