@@ -95,11 +95,12 @@ def collate(dataset: Dataset, indices: Sequence[int], tokenizer: Any) -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def train_batches(dataset: Dataset, spec: TrainSpec, tokenizer: Any) -> list[Batch]:
-    """One batch a step, `spec.steps` of them, in the order `spec.seed` gives."""
-    drawn = order(dataset.split.train, spec.steps * spec.batch_size, spec.seed)
+def train_batches(dataset: Dataset, spec: TrainSpec, tokenizer: Any) -> Iterator[Batch]:
+    """One batch a step, `spec.steps` of them, in the order `spec.seed` gives; each made when it is asked for."""
     size = spec.batch_size
-    return [collate(dataset, drawn[step * size : (step + 1) * size], tokenizer) for step in range(spec.steps)]
+    drawn = order(dataset.split.train, spec.steps * size, spec.seed)
+    for start in range(0, len(drawn), size):
+        yield collate(dataset, drawn[start : start + size], tokenizer)
 
 
 def probe_batch(dataset: Dataset, spec: ProbeSpec, tokenizer: Any) -> Batch:

@@ -190,8 +190,8 @@ def test_batches_are_seeded_epochs_without_replacement(tmp_path: Path) -> None:
     for epoch in range(3):
         assert sorted(drawn[20 * epoch : 20 * (epoch + 1)]) == sorted(data.split.train)
     assert drawn[:20] != drawn[20:40]
-    made = fb.train_batches(data, spec(steps=7, batch=3, seed=5), tok)
-    again = fb.train_batches(data, spec(steps=7, batch=3, seed=5), tok)
+    made = list(fb.train_batches(data, spec(steps=7, batch=3, seed=5), tok))
+    again = list(fb.train_batches(data, spec(steps=7, batch=3, seed=5), tok))
     assert len(made) == 7 and all(torch.equal(a[k], b[k]) for a, b in zip(made, again, strict=True) for k in a)
     seen = [tok.text(row[row != IGNORE]) for batch in made for row in batch["labels"]]
     assert seen == [data.rows.read(i).output for i in fb.order(data.split.train, 21, 5)]

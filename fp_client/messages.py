@@ -1,0 +1,92 @@
+"""What the daemon and its worker process say to each other: one JSON object a line. Torch-free.
+
+Daemon to worker, first ``{"config": WorkerConfig}``, then tasks ``{"task": name, "args": {…}}``, one at a
+time. Worker to daemon: ``{"ready": {…}}`` once, then for each task any number of
+``{"progress": [phase, done, total]}`` and one ``{"result": {…}}`` or ``{"error": class, "message": text}``.
+End of the worker's input means that the daemon is gone, and ends the worker at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.types import Assignment, ProbeTask, Quantization, UpdateMetrics
+from fp_client.data import DataSource
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Everything that stays the same from task to task."""
+
+    model: str
+    """The model's directory (see `fp_client.models.resolve` for hub ids)."""
+    fingerprint: str
+    """The base weights' fingerprint: the key of the quantized units on disk."""
+    cache: str
+    """A directory of the device's own, for quantized units."""
+    data: DataSource
+    quantization: Quantization = Quantization.NONE
+    device: str = "cpu"
+    """``cpu`` or ``cuda``."""
+    dtype: str = "float32"
+    """Compute dtype: ``float32``, ``bfloat16`` (CUDA and recent CPUs)."""
+    threads: int = 1
+    budget_bytes: int = 0
+    """What a task may hold above the warmed footprint; 0 for no bound."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker has started: `warmed_bytes` of main memory held before any task."""
+
+    pid: int
+    warmed_bytes: int
+    device: str
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The broadcast adapter of one layer, as a file the daemon has fetched and checked."""
+
+    layer: int
+    path: str
+
+
+@dataclass(frozen=True)
+class CheckArgs:
+    """Task ``check``: is the data usable with this window?"""
+
+    window: int
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Rows to train on (|D_n|), rows held out, and rows left out as too long."""
+
+    samples: int
+    heldout: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class ProbeArgs:
+    """Task ``probe``; its result is a `ProbeReport`."""
+
+    task: ProbeTask
+    adapter: tuple[AdapterFile, ...]
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Task ``train``: the update goes to the file `out`; the result is a `TrainResult`."""
+
+    assignment: Assignment
+    adapter: tuple[AdapterFile, ...]
+    out: str
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What was trained, and what it cost."""
+
+    metrics: UpdateMetrics

@@ -1,0 +1,200 @@
+"""What a worker can do: check the data, probe, train. One instance a process; what a task loads goes with the task."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.blocks import block_names, key, read_block, write_blocks
+from common.checkpoint import EMBEDDING_KEY, Checkpoint
+from common.codec import from_json
+from common.errors import ModelError, ProtocolError, WorkerError
+from common.tensorfile import ITEMSIZE, TensorFile
+from common.types import LoraBlock, ProbeReport, UpdateMetrics
+from fp_client import batches as data
+from fp_client import measure, memory, planner
+from fp_client.loader import UnitLoader
+from fp_client.messages import AdapterFile, CheckArgs, CheckResult, ProbeArgs, TrainArgs, TrainResult, WorkerConfig
+from fp_client.probe import probe
+from fp_client.shapes import shape_of
+from fp_client.submodel import load_submodel
+from fp_client.train import check_spec, train
+from fp_client.warmup import warm_up
+
+OnProgress = Callable[[str, int, int], None]
+
+
+class AdapterFiles(Mapping[int, Sequence[LoraBlock]]):
+    """The broadcast adapter by layer, each layer read when it is asked for and not kept."""
+
+    def __init__(self, files: Sequence[AdapterFile]) -> None:
+        self._paths = {file.layer: Path(file.path) for file in files}
+
+    def __getitem__(self, layer: int) -> Sequence[LoraBlock]:
+        with TensorFile(self._paths[layer]) as file:
+            return [read_block(file, *name) for name in block_names(file) if name[0] == layer]
+
+    def _sizes(self, layer: int) -> tuple[int, int]:
+        with TensorFile(self._paths[layer]) as file:
+            ranks = [file.info(key(*name, "A")).shape[0] for name in block_names(file) if name[0] == layer]
+            return max(ranks, default=0), sum(info.size for info in file.tensors.values())
+
+    def rank(self, layers: Collection[int]) -> int:
+        """The largest rank among those layers' blocks; 0 where ΔW is still nothing."""
+        return max((self._sizes(layer)[0] for layer in self._paths if layer in layers), default=0)
+
+    @property
+    def layer_bytes(self) -> int:
+        """The size of the largest layer."""
+        return max((self._sizes(layer)[1] for layer in self._paths), default=0)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._paths))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def _collecting(progress: OnProgress) -> OnProgress:
+    """Collects garbage after each unit: a 4-bit weight and its module refer to each other, so a dropped unit stays
+    in memory until the collector runs."""
+
+    def collect(phase: str, done: int, total: int) -> None:
+        gc.collect()
+        progress(phase, done, total)
+
+    return collect
+
+
+def load_tokenizer(directory: str) -> Any:
+    """The model's own tokenizer; never remote code. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory}: its tokenizer can't be loaded: {str(error)[:300]}") from None
+    tokenizer.model_max_length = 1 << 30  # windows are the run's to set; no warning about long texts
+    return tokenizer
+
+
+class Tasks:
+    """The tasks of one worker, all with the same model, data and budget."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        """Pins threads, warms up, takes the footprint. Raises what the configuration deserves."""
+        self.config = config
+        torch.set_num_threads(config.threads)
+        if config.device.startswith("cuda") and not torch.cuda.is_available():
+            raise WorkerError(f'device {config.device!r}: this machine has no CUDA device that torch can use; set device = "cpu"')
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.tokenizer = load_tokenizer(config.model)  # tens of megabytes: part of the warmed worker
+        self._datasets: dict[int, data.Dataset] = {}
+        warm_up(config.device, self.dtype, config.quantization)
+        self._cap()
+        gc.collect()
+        gc.freeze()  # what the libraries hold for good need not be searched at every collection
+        self.warmed_bytes = measure.footprint()
+
+    def _cap(self) -> None:
+        # The allocator's own bound: a task that would exceed the budget fails, and other processes keep their VRAM.
+        if self.config.device.startswith("cuda") and self.config.budget_bytes:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.config.budget_bytes / total))
+
+    def run(self, task: str, args: Any, progress: OnProgress) -> Any:
+        """Do a task by name. Raises ProtocolError when there is no such task or the arguments don't fit it."""
+        kinds: dict[str, tuple[type[Any], Callable[[Any, OnProgress], Any]]] = {
+            "check": (CheckArgs, self.check),
+            "probe": (ProbeArgs, self.probe),
+            "train": (TrainArgs, self.train),
+        }
+        if task not in kinds:
+            raise ProtocolError(f"unknown task {task!r} (known: {', '.join(kinds)})")
+        kind, work = kinds[task]
+        try:
+            decoded = from_json(kind, args)
+        except ValueError as error:
+            raise ProtocolError(f"task {task!r}: {error}") from None
+        try:
+            return work(decoded, progress)
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Give back what a task has left behind."""
+        measure.trim()
+        if self.config.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def check(self, args: CheckArgs, progress: OnProgress) -> CheckResult:
+        """Is the data usable with this window? Raises DataError."""
+        found = self._dataset(args.window)
+        return CheckResult(len(found.split.train), len(found.split.heldout), found.dropped)
+
+    def probe(self, args: ProbeArgs, progress: OnProgress) -> ProbeReport:
+        """The full model's similarities and held-out loss, one unit in memory at a time."""
+        spec, begin = args.task.spec, time.monotonic()
+        rows = self._dataset(spec.sequence_length)
+        with measure.Peak(self.config.device, self.warmed_bytes) as peak, self._checkpoint() as checkpoint:
+            batch = data.probe_batch(rows, spec, self.tokenizer) if args.task.similarity else None
+            held = list(data.heldout_batches(rows, spec.batch_size, self.tokenizer))
+            adapter = AdapterFiles(args.adapter)
+            chosen = planner.probe_rows(
+                shape_of(checkpoint.config), self._setting(checkpoint), spec, len(rows.split.heldout), adapter.layer_bytes,
+                self.config.budget_bytes, args.task.similarity,
+            )  # fmt: skip
+            found = probe(
+                self._loader(checkpoint), batch, held, spec, adapter, similarity=args.task.similarity,
+                micro_rows=chosen.micro_rows, pass_rows=chosen.pass_rows, progress=_collecting(progress),
+            )  # fmt: skip
+        seconds = time.monotonic() - begin
+        return ProbeReport(args.task.key, found.similarity, found.in_out, found.loss, found.tokens, peak.bytes, seconds)
+
+    def train(self, args: TrainArgs, progress: OnProgress) -> TrainResult:
+        """Train the assigned submodel and write its update to `args.out`."""
+        assignment, spec = args.assignment, args.assignment.spec
+        check_spec(spec)
+        rows = self._dataset(spec.sequence_length)
+        with measure.Peak(self.config.device, self.warmed_bytes) as peak, self._checkpoint() as checkpoint:
+            adapter = AdapterFiles(args.adapter)
+            kept = memory.Kept(len(assignment.units), assignment.micro_batch, assignment.checkpointing)
+            held = {unit.layer for unit in assignment.units}
+            predicted = memory.train_peak(shape_of(checkpoint.config), self._setting(checkpoint), spec, adapter.rank(held), kept)
+            blocks = (block for layer in adapter if layer in held for block in adapter[layer])
+            submodel = load_submodel(self._loader(checkpoint), assignment.units, spec, blocks, assignment.checkpointing, progress)
+            steps = data.train_batches(rows, spec, self.tokenizer)
+            found = train(submodel, steps, spec, assignment.micro_batch, progress)
+            del submodel
+            write_blocks(Path(args.out), found.blocks)
+        metrics = UpdateMetrics(
+            found.loss_first, found.loss_last, found.tokens_per_second, predicted.peak, peak.bytes, found.seconds
+        )
+        return TrainResult(metrics)
+
+    @contextlib.contextmanager
+    def _checkpoint(self) -> Iterator[Checkpoint]:
+        checkpoint = Checkpoint(Path(self.config.model))
+        try:
+            yield checkpoint
+        finally:
+            checkpoint.close()
+
+    def _loader(self, checkpoint: Checkpoint) -> UnitLoader:
+        store = Path(self.config.cache) / "nf4"
+        return UnitLoader(checkpoint, self.config.device, self.dtype, self.config.quantization, store, self.config.fingerprint)
+
+    def _setting(self, checkpoint: Checkpoint) -> memory.Setting:
+        stored = ITEMSIZE[checkpoint.info(EMBEDDING_KEY).dtype]
+        return memory.Setting(self.config.quantization, self.dtype.itemsize, stored, self.config.threads)
+
+    def _dataset(self, window: int) -> data.Dataset:
+        if window not in self._datasets:
+            self._datasets[window] = data.load_dataset(self.config.data, self.tokenizer, window)
+        return self._datasets[window]
