@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from common.errors import FedPrunerError
-
-Directory = Annotated[
-    Path, typer.Option("--dir", envvar="FP_CLIENT_DIR", help="The device directory: certificate, client.toml, policy.toml, caches.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-
-HERE = Path()
+from fp_client.commands import HERE, Directory, Json
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -27,7 +20,9 @@ app = typer.Typer(
 
 @app.command(epilog="Example:  fp-client join fp1.eyJlbnJvbGwi… --dir dev1   (use - to read the token from standard input)")
 def join(
-    token: Annotated[str, typer.Argument(help="The one-time token that `fp-server token` printed; - reads it from standard input.")],
+    token: Annotated[
+        str, typer.Argument(help="The one-time token that `fp-server token` printed; - reads it from standard input.")
+    ],
     directory: Directory = HERE,
     as_json: Json = False,
 ) -> None:
@@ -43,7 +38,9 @@ def join(
     if as_json:
         typer.echo(json.dumps({"name": joined.name, "role": joined.role, "server": joined.server, "dir": str(directory)}))
     else:
-        typer.echo(f"joined {joined.server} as {joined.role} {joined.name!r}; edit {directory / 'client.toml'}, then `fp-client doctor`")
+        typer.echo(
+            f"joined {joined.server} as {joined.role} {joined.name!r}; edit {directory / 'client.toml'}, then `fp-client doctor`"
+        )
 
 
 @app.command(epilog="Example:  fp-client run --dir dev1   (ends with SIGTERM or Ctrl-C; exit code 7 when the server stays away)")
@@ -62,9 +59,9 @@ def run(
 def main() -> None:
     """Entry point: errors of ours become one line and their exit code."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own log lines say nothing that our errors do not
-    from fp_client import commands_model, commands_plan, commands_probe
+    from fp_client import commands_doctor, commands_model, commands_plan, commands_probe
 
-    for module in (commands_plan, commands_probe, commands_model):
+    for module in (commands_plan, commands_probe, commands_doctor, commands_model):
         module.register(app)
     try:
         app()

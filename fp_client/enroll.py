@@ -134,7 +134,7 @@ async def _fetch_ca(token: JoinToken, backoff: wire.Backoff) -> str:
             await asyncio.sleep(backoff.delay(attempt))
     limit = wire.options(wire.CHANNEL_OPTIONS, max_receive_message_length=64 << 10)
     async with grpc.aio.secure_channel(token.enroll, grpc.ssl_channel_credentials(root.encode()), limit) as channel:
-        stub = enroll_pb2_grpc.EnrollmentStub(channel)  # type: ignore[no-untyped-call]
+        stub = enroll_pb2_grpc.EnrollmentStub(channel)
         reply = await wire.retrying(
             lambda: stub.GetCa(enroll_pb2.GetCaRequest(), timeout=TIMEOUT), wire.Backoff(attempts=3), token.enroll
         )
@@ -151,7 +151,7 @@ async def _enroll(token: JoinToken, ca: str, key: ec.EllipticCurvePrivateKey, ba
     limit = wire.options(wire.CHANNEL_OPTIONS, max_receive_message_length=64 << 10)
     request = enroll_pb2.EnrollRequest(secret=token.secret, csr_pem=tls.make_csr(key, "device"))
     async with grpc.aio.secure_channel(token.enroll, grpc.ssl_channel_credentials(ca.encode()), limit) as channel:
-        stub = enroll_pb2_grpc.EnrollmentStub(channel)  # type: ignore[no-untyped-call]
+        stub = enroll_pb2_grpc.EnrollmentStub(channel)
         try:
             reply: enroll_pb2.EnrollReply = await wire.retrying(
                 lambda: stub.Enroll(request, timeout=TIMEOUT), backoff, token.enroll

@@ -208,7 +208,8 @@ class Connection:
         Raises UnreachableError, IdentityError (also for an expired certificate), ProtocolError when the schemas differ.
         """
         tls.check_validity(self.directory / "device.pem")
-        call = session_pb2_grpc.SessionsStub(self.channel).Open()  # type: ignore[no-untyped-call]
+        call: Any = session_pb2_grpc.SessionsStub(self.channel).Open()
+        message: Any
         try:
             hello = session_pb2.Hello(schema=serde.schema(), version=software_version())
             async with asyncio.timeout(ANSWER_SECONDS):

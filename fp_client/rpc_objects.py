@@ -31,7 +31,7 @@ class Transfer:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._stub = objects_pb2_grpc.ObjectsStub(connection.channel)  # type: ignore[no-untyped-call]
+        self._stub = objects_pb2_grpc.ObjectsStub(connection.channel)
 
     async def fetch(self, ref: ObjectRef, target: Path, progress: OnBytes = lambda done, total: None) -> None:
         """Fetch an object into `target`, going on from ``<target>.part`` where one is left.

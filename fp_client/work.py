@@ -1,0 +1,133 @@
+"""A device's own weights and data put to work: the daemon's side of the worker process. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from importlib import metadata
+from pathlib import Path
+
+from common.checkpoint import EMBEDDING_KEY, Checkpoint, cached_fingerprint
+from common.tensorfile import ITEMSIZE
+from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, RunSpec
+from fp_client import models
+from fp_client.config import ClientConfig, ModelSection, cache_dir, need_data, need_model
+from fp_client.data import DataSource, count_examples
+from fp_client.memory import Setting
+from fp_client.messages import AdapterFile, CheckArgs, CheckResult, ProbeArgs, TrainArgs, TrainResult, WorkerConfig
+from fp_client.planner import Plan, plan
+from fp_client.pool import OnProgress, Worker
+
+log = logging.getLogger(__name__)
+
+
+def resolve_device(wanted: str) -> str:
+    """``cpu`` or ``cuda``, without importing torch: CUDA where there is a GPU and a torch built for it."""
+    if wanted != "auto":
+        return wanted
+    try:
+        built_for_cpu = metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        built_for_cpu = True
+    return "cuda" if Path("/dev/nvidiactl").exists() and not built_for_cpu else "cpu"
+
+
+def budget_of(config: ClientConfig, device: str) -> int:
+    """The budget the planner and the worker's cap go by: VRAM on CUDA, main memory on CPU; 0 for no bound."""
+    if device == "cuda":
+        return config.budget.device
+    limits = [limit for limit in (config.budget.host, config.budget.device) if limit]
+    return min(limits, default=0)
+
+
+def data_source(config: ClientConfig, directory: Path) -> DataSource:
+    """The device's data. Raises ConfigError when none is configured."""
+    section = need_data(config, directory)
+    return DataSource(section.source, section.split, section.held_out, section.max_held_out, section.on_long)
+
+
+def setting_of(config: ClientConfig, section: ModelSection, checkpoint: Checkpoint) -> Setting:
+    """How this device computes with a model, as the planner wants it."""
+    stored = ITEMSIZE[checkpoint.info(EMBEDDING_KEY).dtype]
+    return Setting(section.quantization, 2 if config.dtype == "bfloat16" else 4, stored, config.threads)
+
+
+class LocalWork:
+    """`Work` of a device directory: resolves models, counts data, plans, and runs tasks in a worker process."""
+
+    def __init__(self, config: ClientConfig, directory: Path) -> None:
+        self.config, self.directory = config, directory
+        self.device = resolve_device(config.device)
+        self.budget_bytes = budget_of(config, self.device)
+        self.cache = cache_dir(config, directory)
+        self._worker: Worker | None = None
+
+    async def close(self) -> None:
+        """End the worker process."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.close()
+
+    def open_model(self, name: str) -> tuple[ModelSection, Checkpoint]:
+        """A configured model's checkpoint, fetched from the hub when it is a hub id. Blocking."""
+        section = need_model(self.config, name, self.directory)
+        return section, Checkpoint(models.resolve(section.source, self.cache / "hub"))
+
+    async def fingerprint(self, spec: RunSpec, progress: OnProgress) -> str:
+        """Fingerprint of this device's weights; read once, then remembered by the files' stamp."""
+
+        def read() -> str:
+            _, checkpoint = self.open_model(spec.model)
+            try:
+                return cached_fingerprint(checkpoint, self.cache, lambda done, total: progress("fetch", done, total))
+            finally:
+                checkpoint.close()
+
+        return await asyncio.to_thread(read)
+
+    async def plan(self, spec: RunSpec) -> PlanReport:
+        """Data counted with the tokenizer, and what the budget holds. Raises BudgetError with the smallest that would do."""
+        planned = await asyncio.to_thread(self._planned, spec)
+        worker = await self.worker(spec)
+        window = max(spec.train.sequence_length, spec.probe.sequence_length)
+        check = await worker.run("check", CheckArgs(window), CheckResult)
+        if check.dropped:
+            log.warning("run %s: %d examples are left out: their responses don't fit %d tokens", spec.run, check.dropped, window)
+        return PlanReport(
+            spec.run, check.samples, spec.fingerprint, (planned.capacity,), planned.unit_bytes, planned.smallest_budget,
+            "", self.budget_bytes,
+        )  # fmt: skip
+
+    def _planned(self, spec: RunSpec) -> Plan:
+        _, heldout = count_examples(data_source(self.config, self.directory))
+        section, checkpoint = self.open_model(spec.model)
+        try:
+            setting = setting_of(self.config, section, checkpoint)
+            return plan(checkpoint.config, setting, spec.train, spec.probe, spec.broadcast_rank, self.budget_bytes, heldout)
+        finally:
+            checkpoint.close()
+
+    async def probe(self, spec: RunSpec, task: ProbeTask, adapter: tuple[AdapterFile, ...], progress: OnProgress) -> ProbeReport:
+        """Run the probe in the worker."""
+        worker = await self.worker(spec)
+        return await worker.run("probe", ProbeArgs(task, adapter), ProbeReport, progress)
+
+    async def train(
+        self, spec: RunSpec, task: Assignment, adapter: tuple[AdapterFile, ...], out: Path, progress: OnProgress
+    ) -> TrainResult:
+        """Train in the worker; the update is written to `out`."""
+        worker = await self.worker(spec)
+        return await worker.run("train", TrainArgs(task, adapter, str(out)), TrainResult, progress)
+
+    async def worker(self, spec: RunSpec) -> Worker:
+        """The warm worker for a run's model; another model's is ended first."""
+        section, checkpoint = await asyncio.to_thread(self.open_model, spec.model)
+        checkpoint.close()
+        wanted = WorkerConfig(
+            str(checkpoint.directory), spec.fingerprint, str(self.cache), data_source(self.config, self.directory),
+            section.quantization, self.device, self.config.dtype, self.config.threads, self.budget_bytes,
+        )  # fmt: skip
+        if self._worker is None or self._worker.config != wanted:
+            await self.close()
+            self._worker = Worker(wanted, self.config.worker_idle_seconds)
+        return self._worker

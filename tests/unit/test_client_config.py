@@ -1,0 +1,142 @@
+"""client.toml and policy.toml: what is allowed, and what each mistake gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from common.errors import ConfigError, PolicyError
+from common.types import Assignment, Gradient, Part, ProbeSpec, ProbeTask, RunSpec, Start, TaskKey, TrainSpec, UnitId
+from fp_client.config import human, load_config, need_data, need_model, need_server, parse_bytes, resolve
+from fp_client.policy import Policy, load_policy
+
+TRAIN = TrainSpec(5, 4, 128, 1e-4, 8, 16.0, ("self_attn.q_proj",), 1)
+SPEC = RunSpec("r", "m", "f" * 64, "fedpruner", Part.LAYER, TRAIN, ProbeSpec(sequence_length=128), 8, 3)
+KEY = TaskKey("r", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("800MiB", 800 << 20), ("3GB", 3 * 10**9), ("1.5 GiB", 3 << 29), (17, 17), ("17", 17), ("2kib", 2048), ("0", 0)],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", -1, 1.5, True, "3 XB", "1e9", None])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="not a size"):
+        parse_bytes(text)
+
+
+def test_human_sizes():
+    assert [human(n) for n in (812 << 20, 3 << 29, 10, 4096)] == ["812 MiB", "1.50 GiB", "10 B", "4 KiB"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("colour = 1", "colour: unknown key"),
+        ("[budget]\nhots = 1", "budget.hots: unknown key"),
+        ('[budget]\nhost = "a lot"', "budget.host: not a size"),
+        ('threads = "two"', "threads"),
+        ("threads = 0", "threads"),
+        ('device = "tpu"', "device"),
+        ('[models."m"]\nquantization = "nf4"', "models.m.source: missing"),
+        ('[models."m"]\nsource = "x"\nquantization = "int3"', "models.m.quantization"),
+        ('[data]\nsource = "d.jsonl"\nheld_out = 1.5', "data.held_out"),
+        ('[data]\nsource = "d.jsonl"\non_long = "maybe"', "data.on_long"),
+        ("[retry]\nattempts = 0", "retry.attempts"),
+        ("server = ", "not valid TOML"),
+    ],
+)
+def test_a_wrong_key_or_type_is_named(tmp_path, text, words):
+    (tmp_path / "client.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path)
+    assert words in str(caught.value) and "client.toml" in str(caught.value)
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="fp-client join"):
+        load_config(tmp_path)
+    (tmp_path / "client.toml").write_text('[models."a"]\nsource = "x"\n')
+    config = load_config(tmp_path)
+    with pytest.raises(ConfigError, match="server"):
+        need_server(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"\[data\]"):
+        need_data(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"no model 'b' here \(has: a\)"):
+        need_model(config, "b", tmp_path)
+
+
+def test_paths_are_relative_to_the_device_directory(tmp_path):
+    (tmp_path / "weights").mkdir()
+    assert resolve("weights", tmp_path) == str(tmp_path / "weights")
+    assert resolve("./other", tmp_path) == str(tmp_path / "other")
+    assert resolve("d.jsonl", tmp_path) == str(tmp_path / "d.jsonl")
+    assert resolve("owner/name", tmp_path) == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max_step = 1", "max_step: unknown key"),
+        ("max_steps = 0", "max_steps"),
+        ('starts = ["warm"]', "starts"),
+        ("upload_loss = 1", "upload_loss"),
+    ],
+)
+def test_a_wrong_policy_is_named(tmp_path, text, words):
+    (tmp_path / "policy.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_policy(tmp_path)
+    assert words in str(caught.value) and "policy.toml" in str(caught.value)
+
+
+def test_policy_is_read_or_defaults(tmp_path):
+    assert load_policy(tmp_path) == Policy()
+    (tmp_path / "policy.toml").write_text('models = ["m"]\nmax_steps = 5\ngradients = ["submodel"]\nstarts = ["fresh"]\n')
+    policy = load_policy(tmp_path)
+    assert policy.gradients == (Gradient.SUBMODEL,) and policy.starts == (Start.FRESH,)
+    policy.check_plan(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("policy", "key"),
+    [
+        (Policy(models=()), "models"),
+        (Policy(max_steps=4), "max_steps"),
+        (Policy(max_sequence_length=127), "max_sequence_length"),
+        (Policy(max_batch=3), "max_batch"),
+        (Policy(max_rank=7), "max_rank"),
+        (Policy(max_rounds=2), "max_rounds"),
+        (Policy(gradients=(Gradient.STREAMED,)), "gradients"),
+        (Policy(starts=(Start.GLOBAL,)), "starts"),
+    ],
+)
+def test_each_limit_refuses_a_run_and_says_its_key(policy, key):
+    Policy().check_plan(SPEC)
+    with pytest.raises(PolicyError, match=f"policy.toml: {key}:"):
+        policy.check_plan(SPEC)
+
+
+def test_limits_hold_at_their_edge():
+    Policy(max_steps=5, max_sequence_length=128, max_batch=4, max_rank=8, max_rounds=3).check_plan(SPEC)
+    Policy(min_samples=10).check_samples(10)
+    with pytest.raises(PolicyError, match="min_samples"):
+        Policy(min_samples=10).check_samples(9)
+
+
+def test_tasks_are_held_to_the_policy_too():
+    task = Assignment(replace(KEY, round=3), (UnitId(0),), (), (), TRAIN, (), 4, True)
+    Policy(max_rounds=4).check_assignment(task)
+    with pytest.raises(PolicyError, match="max_rounds"):
+        Policy(max_rounds=3).check_assignment(task)
+    probe = ProbeTask(KEY, SPEC.probe, ())
+    with pytest.raises(PolicyError, match="upload_similarity"):
+        Policy(upload_similarity=False).check_probe(probe)
+    Policy(upload_similarity=False).check_probe(replace(probe, similarity=False))
+    with pytest.raises(PolicyError, match="nothing but the held-out loss"):
+        Policy(upload_loss=False).check_probe(replace(probe, similarity=False))

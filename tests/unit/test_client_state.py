@@ -1,0 +1,108 @@
+"""What the device keeps on disk: runs, unpushed updates, cached objects."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.errors import InUseError, NotFound, StorageError
+from common.types import Assignment, ObjectRef, Part, ProbeSpec, RunSpec, TaskKey, TrainSpec, UnitId, UpdateMetrics
+from fp_client.app import only_daemon
+from fp_client.cache import ObjectCache
+from fp_client.state import Outbox, Runs
+
+KEY = TaskKey("r", 0, 0)
+TRAIN = TrainSpec(5, 4, 128, 1e-4, 8, 16.0, ("self_attn.q_proj",), 1)
+SPEC = RunSpec("r", "m", "f" * 64, "fedpruner", Part.LAYER, TRAIN, ProbeSpec(), 8, 3)
+TASK = Assignment(KEY, (UnitId(0),), ((UnitId(0),),), ((1.0,),), TRAIN, (), 4, True)
+
+
+def test_runs_are_remembered_until_they_end(tmp_path):
+    Runs(tmp_path).remember(SPEC)
+    assert Runs(tmp_path).get("r") == SPEC
+    Runs(tmp_path).forget("r")
+    with pytest.raises(NotFound, match="has not joined"):
+        Runs(tmp_path).get("r")
+
+
+def put(outbox: Outbox, task: Assignment, data: bytes):
+    path = outbox.blank(task.key.run)
+    path.write_bytes(data)
+    return outbox.put(task, path, UpdateMetrics(2.0, 1.0))
+
+
+def test_an_update_answers_its_very_assignment(tmp_path):
+    ready = put(Outbox(tmp_path), TASK, b"update")
+    again = Outbox(tmp_path)
+    assert again.find(TASK) == ready and again.path("r").read_bytes() == b"update"
+    assert ready.ref == ObjectRef(hashlib.sha256(b"update").hexdigest(), 6)
+    for other in (
+        replace(TASK, key=replace(KEY, attempt=1)),
+        replace(TASK, units=(UnitId(1),)),
+        replace(TASK, spec=replace(TRAIN, seed=2)),
+    ):
+        assert again.find(other) is None
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda o: o.path("r").write_bytes(b"updatE"), lambda o: (o.directory / "r.json").write_text("{")]
+)
+def test_a_damaged_entry_is_no_entry(tmp_path, damage):
+    outbox = Outbox(tmp_path)
+    put(outbox, TASK, b"update")
+    damage(outbox)
+    assert outbox.find(TASK) is None
+
+
+def test_one_update_a_run(tmp_path):
+    outbox = Outbox(tmp_path)
+    put(outbox, TASK, b"first")
+    later = replace(TASK, key=replace(KEY, round=1))
+    put(outbox, later, b"second")
+    assert outbox.find(TASK) is None and outbox.find(later) is not None
+    outbox.drop_task(KEY)
+    assert outbox.find(later) is not None
+    outbox.drop_task(later.key)
+    assert list(tmp_path.iterdir()) == []
+
+
+def ref_of(data: bytes) -> ObjectRef:
+    return ObjectRef(hashlib.sha256(data).hexdigest(), len(data))
+
+
+def test_a_full_disk_is_said_plainly(tmp_path):
+    async def fetch(ref: ObjectRef, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(StorageError, match=r"disk is full; free some space"):
+        asyncio.run(ObjectCache(tmp_path, 100).get(ref_of(b"x"), fetch))
+
+
+def test_objects_in_use_are_not_evicted(tmp_path):
+    async def main():
+        cache = ObjectCache(tmp_path, 10)
+        data = {ref_of(bytes([n]) * 4): bytes([n]) * 4 for n in range(4)}
+
+        async def fetch(ref: ObjectRef, path: Path) -> None:
+            path.write_bytes(data[ref])  # noqa: ASYNC240
+
+        keep = frozenset(ref.digest for ref in data)
+        for ref in data:
+            await cache.get(ref, fetch, keep)
+        assert all(cache.holds(ref) for ref in data)  # over the bound rather than broken
+        await cache.get(ref_of(b"other!"), lambda ref, path: asyncio.to_thread(path.write_bytes, b"other!"))
+        assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 10
+
+    asyncio.run(main())
+
+
+def test_one_daemon_a_directory(tmp_path):
+    with only_daemon(tmp_path), pytest.raises(InUseError, match="another fp-client"), only_daemon(tmp_path):
+        pass
+    with only_daemon(tmp_path):
+        pass
