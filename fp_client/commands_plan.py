@@ -53,17 +53,18 @@ def candidates(
     return found + [Candidate(name, CONFIGS[name], quantization or Quantization.NF4, 2) for name in common]
 
 
-async def measure_idle(config: ClientConfig, device: str) -> tuple[int, int]:
+async def measure_idle(config: ClientConfig, directory: Path, model: str) -> tuple[int, int]:
     """(daemon, worker): bytes of main memory held idle, measured: this process with the daemon's imports, and a warmed worker."""
     import fp_client.app  # noqa: F401  # the daemon's footprint is its imports
-    from fp_client.data import DataSource
+    from fp_client.commands_probe import local_spec
     from fp_client.measure import resident
-    from fp_client.messages import WorkerConfig
-    from fp_client.pool import Worker
+    from fp_client.work import LocalWork
 
-    wanted = WorkerConfig("", "", "", DataSource(""), device=device, dtype=config.dtype, threads=config.threads)
-    async with Worker(wanted) as worker:
-        ready = await worker.start()
+    work = LocalWork(config, directory)
+    try:
+        ready = await (await work.worker(local_spec(model, ProbeSpec()))).start()
+    finally:
+        await work.close()
     return resident(), ready.warmed_bytes
 
 
@@ -119,7 +120,8 @@ def plan(
                 "probe": {"moment": made.probe.moment, "peak": made.probe.peak, "rows": dict(made.probe.rows)},
             }  # fmt: skip
         rows.append(row)
-    idle = asyncio.run(_measured(config, device, as_json)) if measure else None
+    measured = (model or next(iter(sorted(config.models)), "")) if measure and config.data else ""
+    idle = asyncio.run(_measured(config, directory, measured, as_json)) if measured else None
     container = int((limit + sum(idle)) * IDLE_MARGIN) if idle and limit and device == "cpu" else None
     if as_json:
         names = {"daemon": idle[0], "worker": idle[1]} if idle else None
@@ -132,15 +134,17 @@ def plan(
             held_idle = f"idle daemon {human(idle[0])}, idle worker {human(idle[1])}"
             total = f": give the container {human(container)} (budget + idle + 10 %)" if container else ""
             out.print(f"measured: {held_idle}{total}")
+        elif measure:
+            out.print("container limit: budget + idle daemon and worker + 10 %; measured once a model and [data] are configured")
     if rows and not any(row["units"] for row in rows):
         raise BudgetError(str(rows[0]["refusal"]), int(rows[0]["smallest_budget"]))
 
 
-async def _measured(config: ClientConfig, device: str, quiet: bool) -> tuple[int, int]:
+async def _measured(config: ClientConfig, directory: Path, model: str, quiet: bool) -> tuple[int, int]:
     if quiet:
-        return await measure_idle(config, device)
+        return await measure_idle(config, directory, model)
     with err.status("starting a worker to measure it idle"):
-        return await measure_idle(config, device)
+        return await measure_idle(config, directory, model)
 
 
 def _show(rows: list[dict[str, Any]], limit: int, device: str) -> None:

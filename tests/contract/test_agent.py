@@ -91,7 +91,7 @@ class FakeWork:
     async def train(self, spec, task, adapter, out, progress):
         await self._run("train", adapter, progress)
         out.write_bytes(b"update of " + str(task.key).encode())
-        return TrainResult(UpdateMetrics(2.0, 1.0), (2.0, 1.0))
+        return TrainResult(UpdateMetrics(2.0, 1.0))
 
     async def close(self):
         self.closed = True
