@@ -109,6 +109,6 @@ class Admin(admin_pb2_grpc.AdminServicer):
         async with errors_to_status(context):
             caller(context, self._authority, "operator")
             count = await self._authority.revoke(request.name)
-            self._coordinator.kick(request.name)
+            await self._coordinator.kick(request.name)
             return admin_pb2.RevokeReply(count=count)
         raise AssertionError("unreachable")

@@ -161,5 +161,6 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     await stopping.wait()
     logger.info("stopping")
     await checks.enter_graceful_shutdown()
+    coordinator.hang_up()
+    await asyncio.gather(main.stop(GRACE), enroll.stop(GRACE))  # no new calls from here on
     await coordinator.stop()
-    await asyncio.gather(main.stop(GRACE), enroll.stop(GRACE))

@@ -13,9 +13,18 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from common.errors import ConfigError, FedPrunerError, NotFound, StorageError
+from common.errors import (
+    ConfigError,
+    FedPrunerError,
+    IdentityError,
+    InUseError,
+    NotFound,
+    StorageError,
+    TooLate,
+    UnreachableError,
+)
 from common.types import (
     ModelManifest,
     PlanReport,
@@ -50,6 +59,10 @@ logger = logging.getLogger("fp_server")
 
 TICK = 0.5
 """Seconds between looks at the clock."""
+KEPT = 16
+"""Ended runs whose folded state is kept for whoever asks."""
+
+T = TypeVar("T")
 
 
 class Session:
@@ -57,13 +70,13 @@ class Session:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.outbox: asyncio.Queue[Send | None] = asyncio.Queue()
+        self.outbox: asyncio.Queue[Send | FedPrunerError] = asyncio.Queue()
         self.reason = ""
 
-    def close(self, reason: str) -> None:
-        """Ask the stream's handler to end it."""
-        self.reason = reason
-        self.outbox.put_nowait(None)
+    def close(self, error: FedPrunerError) -> None:
+        """Ask the stream's handler to end it with this error."""
+        self.reason = str(error)
+        self.outbox.put_nowait(error)
 
 
 class Coordinator:
@@ -74,11 +87,13 @@ class Coordinator:
         self.active: RunMachine | None = None
         self.names: list[str] = []
         self.sessions: dict[str, Session] = {}
-        self.problem = ""
+        self._problems: dict[str, str] = {}
         self.changed = asyncio.Condition()
         self._lock = asyncio.Lock()
         self._heavy = ThreadPoolExecutor(1, thread_name_prefix="heavy")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writes: set[asyncio.Task[Any]] = set()
+        self._ended: dict[str, RunMachine] = {}
         self._bytes_down = 0
 
     # -- life ------------------------------------------------------------------------------------
@@ -95,14 +110,19 @@ class Coordinator:
             await self.post(Recovered())
         self._spawn(self._tick())
 
+    def hang_up(self) -> None:
+        """End every session; the devices may come back."""
+        for session in list(self.sessions.values()):
+            session.close(UnreachableError("the server is stopping; try again later"))
+
     async def stop(self) -> None:
         """Hang up and wait for what is being written."""
-        for session in list(self.sessions.values()):
-            session.close("the server is stopping")
+        self.hang_up()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._heavy.shutdown(wait=True, cancel_futures=True)
+        await asyncio.gather(*self._writes, return_exceptions=True)
+        await asyncio.to_thread(self._heavy.shutdown, wait=True, cancel_futures=True)
 
     def fold(self, run: str) -> RunMachine:
         """A run's state from its events. Raises NotFound."""
@@ -121,21 +141,36 @@ class Coordinator:
         if not name and not self.names:
             raise NotFound("no run has been started yet (`fp-server start RUN.toml`)")
         name = name or (self.active.name if self.active is not None else self.names[-1])
-        return self.active if self.active is not None and self.active.name == name else self.fold(name)
+        if self.active is not None and self.active.name == name:
+            return self.active
+        if name not in self._ended:  # an ended run never changes; a watched one is asked for twice a second
+            machine = self.fold(name)
+            while len(self._ended) >= KEPT:
+                del self._ended[next(iter(self._ended))]
+            self._ended[name] = machine
+        return self._ended[name]
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
             try:
                 await self.post(Tick())
-                self._note("")
-            except StorageError as error:
-                self._note(str(error))
+            except Exception:  # the clock must go on, whatever one tick ran into
+                logger.exception("a look at the clock failed")
 
-    def _note(self, problem: str) -> None:
-        if problem and problem != self.problem:
+    @property
+    def problem(self) -> str:
+        """What an operator should know; empty when all is well."""
+        return "; ".join(self._problems.values())
+
+    def _note(self, source: str, problem: str = "") -> None:
+        """What is wrong with `source` now; an empty problem takes it back."""
+        if problem and problem != self._problems.get(source):
             logger.error("%s", problem)
-        self.problem = problem
+        if problem:
+            self._problems[source] = problem
+        else:
+            self._problems.pop(source, None)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -150,7 +185,20 @@ class Coordinator:
     # -- the one way in --------------------------------------------------------------------------
 
     async def post(self, happening: e.Event | Stimulus) -> None:
-        """Commit (if it is an event), hand in, do what is asked. Raises StorageError; then nothing happened."""
+        """Commit (if it is an event), hand in, do what is asked. Raises StorageError; then nothing happened.
+
+        What was begun is finished even when the caller is cancelled (its stream broke): an event that is in the
+        log and not in the machine would be a state that no restart gives again.
+        """
+        await self._whole(self._locked_post(happening))
+
+    async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(work)
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        return await asyncio.shield(task)
+
+    async def _locked_post(self, happening: e.Event | Stimulus) -> None:
         async with self._lock:
             await self._post(happening)
 
@@ -162,13 +210,20 @@ class Coordinator:
         effects: list[Command] = []
         try:
             while pending:
-                item = pending.popleft()
+                item, now = pending.popleft(), self.clock()
                 if isinstance(item, e.Event):
                     if item.run != machine.name:
                         return
-                    await self.log.append(item, self.clock())
+                    try:
+                        await self.log.append(item, now)
+                    except StorageError as error:
+                        self._note("log", str(error))
+                        if item is happening:
+                            raise
+                        return  # what followed from it is asked for again at the next tick
+                    self._note("log")
                     tell(item)
-                for command in machine.handle(item, self.clock()):
+                for command in machine.handle(item, now):
                     if isinstance(command, Record):
                         pending.append(command.event)
                     else:
@@ -201,6 +256,8 @@ class Coordinator:
         loop = asyncio.get_running_loop()
         try:
             event: e.Event = await loop.run_in_executor(self._heavy, choose_units, machine, command.key, command.device)
+        except TooLate:  # the round was closed while this waited its turn
+            return
         except FedPrunerError as error:
             event = e.DeviceDropped(machine.name, command.key, command.device, type(error).__name__, str(error))
         except Exception as error:
@@ -214,44 +271,45 @@ class Coordinator:
         loop = asyncio.get_running_loop()
         delay = 1.0
         while machine.ended is None:
+            problem = f"round {command.key.round + 1} of {machine.name!r} can't be aggregated, trying again: "
             try:
                 event = await loop.run_in_executor(
                     self._heavy, aggregate_round, machine, self.store, command.key, self._bytes_down
                 )
+            except TooLate:  # the run was stopped meanwhile
+                break
             except FedPrunerError as error:
-                self._note(f"round {command.key.round + 1} of {machine.name!r} can't be aggregated yet: {error}")
+                self._note("aggregation", f"{problem}{error}")
             except Exception as error:
                 logger.exception("aggregating failed")
-                self._note(
-                    f"round {command.key.round + 1} of {machine.name!r} can't be aggregated: {type(error).__name__}: {error}"
-                )
+                self._note("aggregation", f"{problem}{type(error).__name__}: {error}")
             else:
+                self._note("aggregation")
                 self._bytes_down = 0
                 await self._insist(event)
                 return
             await asyncio.sleep(delay)
             delay = min(60.0, delay * 2)
+        self._note("aggregation")
 
     async def _insist(self, event: e.Event) -> None:
         """Post an event that must not be lost, waiting for disk space if need be."""
         while True:
             try:
                 return await self.post(event)
-            except StorageError as error:
-                self._note(str(error))
+            except StorageError:  # noted where it was met
                 await asyncio.sleep(1.0)
 
     # -- what devices do -------------------------------------------------------------------------
 
-    async def connect(self, device: str) -> Session:
+    async def connect(self, session: Session) -> None:
         """A device's session opened; an older one of the same device is hung up."""
-        if (old := self.sessions.pop(device, None)) is not None:
-            old.close("another session of the same device was opened")
-        session = self.sessions[device] = Session(device)
-        logger.info("device %s connected", device)
-        await self.post(Connected(device))
+        if (old := self.sessions.pop(session.device, None)) is not None:
+            old.close(InUseError(f"another session of {session.device!r} was opened; is a second daemon using its identity?"))
+        self.sessions[session.device] = session
+        logger.info("device %s connected", session.device)
+        await self.post(Connected(session.device))
         await self._announce()
-        return session
 
     async def disconnect(self, session: Session) -> None:
         """A session ended; nothing happens when a newer one has taken its place."""
@@ -271,7 +329,7 @@ class Coordinator:
         before = machine.plans.get(device)
         joined = before is not None and before.samples > 0
         samples = before.samples if before is not None and joined else min(report.samples, self.config.max_samples)
-        await self.post(e.PlanReceived(machine.name, device, report, samples))
+        await self._insist(e.PlanReceived(machine.name, device, report, samples))
 
     async def probe_reported(self, device: str, r: ProbeReport) -> None:
         """A device's probe came in. Raises ProtocolError when its matrix is not the model's."""
@@ -284,9 +342,9 @@ class Coordinator:
         units = 0 if machine.current.opened.evaluate else machine.manifest.layers
         if r.similarity.shape[0] != units:
             text = f"the probe has {r.similarity.shape[0]} units, expected {units}"
-            await self.post(e.DeviceDropped(machine.name, r.key, device, "ProtocolError", text))
+            await self._insist(e.DeviceDropped(machine.name, r.key, device, "ProtocolError", text))
             return
-        await self.post(
+        await self._insist(
             e.ProbeReceived(machine.name, r.key, device, r.similarity, r.in_out, r.loss, r.tokens, r.peak_bytes, r.seconds)
         )
 
@@ -299,7 +357,15 @@ class Coordinator:
         machine = self.active
         if machine is not None and failed.key.run == machine.name:
             logger.warning("device %s: %s: %s", device, failed.error, failed.message)
-            await self.post(e.DeviceDropped(machine.name, failed.key, device, failed.error, failed.message))
+            if self._expected(device, failed.key):
+                await self._insist(e.DeviceDropped(machine.name, failed.key, device, failed.error, failed.message))
+
+    def _expected(self, device: str, key: TaskKey) -> bool:
+        """Whether the current round still expects something of the device for `key`."""
+        current = self.active.current if self.active is not None else None
+        if current is None or current.opened.key != key or current.closed is not None:
+            return False
+        return device in current.members and not current.members[device].settled
 
     def machine_for(self, run: str) -> RunMachine:
         """The active run, if it is this one. Raises NotFound."""
@@ -310,16 +376,21 @@ class Coordinator:
     async def reject(self, device: str, key: TaskKey, error: FedPrunerError) -> None:
         """An update failed its checks: the device is out of this round."""
         logger.warning("update of %s for round %d rejected: %s", device, key.round + 1, error)
-        await self._insist(e.DeviceDropped(key.run, key, device, type(error).__name__, str(error)))
+        if self._expected(device, key):
+            await self._insist(e.DeviceDropped(key.run, key, device, type(error).__name__, str(error)))
 
     async def accept(self, device: str, ready: UpdateReady) -> bool:
         """An update is stored and checked: count it. True when it was counted before. Raises TooLate."""
-        async with self._lock:
-            machine = self.machine_for(ready.key.run)
-            if machine.check_push(device, ready.key, ready.ref):
-                return True
-            await self._post(e.UpdateAccepted(machine.name, ready.key, device, ready.ref, ready.metrics))
-            return False
+
+        async def work() -> bool:
+            async with self._lock:
+                machine = self.machine_for(ready.key.run)
+                if machine.check_push(device, ready.key, ready.ref):
+                    return True
+                await self._post(e.UpdateAccepted(machine.name, ready.key, device, ready.ref, ready.metrics))
+                return False
+
+        return await self._whole(work())
 
     def fetched(self, size: int) -> None:
         """Bytes of adapter objects sent to devices, for the round's account."""
@@ -331,6 +402,9 @@ class Coordinator:
         """Start a run. Raises ConfigError (bad file, name taken, another run active)."""
         config: RunConfig = parse_run(toml, "run file")
         config.targets(manifest)
+        return await self._whole(self._start_run(config, toml, manifest))
+
+    async def _start_run(self, config: RunConfig, toml: str, manifest: ModelManifest) -> str:
         async with self._lock:
             if config.run.name in self.names:
                 raise ConfigError(f"run.name: there is already a run {config.run.name!r}; choose another name")
@@ -363,10 +437,14 @@ class Coordinator:
             raise ConfigError(f"{action!r}: not an action (pause, resume or stop)")
         return machine.phase
 
-    def kick(self, name: str) -> None:
-        """Hang up a device's session (its certificate was revoked)."""
+    async def kick(self, name: str) -> None:
+        """Hang up a device's session (its certificate was revoked); the round goes on without it."""
+        error = IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
         if (session := self.sessions.get(name)) is not None:
-            session.close("the certificate was revoked")
+            session.close(error)
+        current = self.active.current if self.active is not None else None
+        if current is not None:
+            await self.reject(name, current.opened.key, error)
 
 
 def _plan_problem(report: PlanReport, manifest: ModelManifest) -> str:
@@ -375,4 +453,6 @@ def _plan_problem(report: PlanReport, manifest: ModelManifest) -> str:
         return f"the device's base weights have fingerprint {theirs}…, the run's {ours}…"
     if len(report.unit_bytes) != manifest.layers:
         return f"the plan has {len(report.unit_bytes)} units, the model {manifest.layers} layers"
+    if any(c.units > manifest.layers or c.micro_batch < 1 for c in report.capacities):
+        return "the plan has a capacity of more units than the model, or a micro-batch of 0"
     return "" if report.samples > 0 else "the device has no training examples"

@@ -5,6 +5,7 @@ The server alone decides name, role and usages of a certificate; a CSR contribut
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import secrets
 import sqlite3
@@ -181,16 +182,21 @@ class Authority:
         return await self._database.transact(work)
 
     async def revoke(self, name: str) -> int:
-        """Revoke every certificate of a name; returns how many."""
+        """Revoke every certificate of a name, and every token nobody has used; returns how many certificates."""
 
         def work(c: sqlite3.Connection) -> list[str]:
             rows = c.execute("SELECT serial FROM certificates WHERE name = ? AND revoked IS NULL", (name,)).fetchall()
             c.execute("UPDATE certificates SET revoked = ? WHERE name = ? AND revoked IS NULL", (time.time(), name))
+            c.execute("DELETE FROM tokens WHERE name = ? AND used_by IS NULL", (name,))
             return [str(row[0]) for row in rows]
 
-        serials = await self._database.transact(work)
-        self._revoked.update(serials)
-        return len(serials)
+        async def both() -> list[str]:
+            serials = await self._database.transact(work)
+            self._revoked.update(serials)
+            return serials
+
+        # Shielded: a caller that hangs up must not leave a certificate revoked on disk and welcome here.
+        return len(await asyncio.shield(asyncio.create_task(both())))
 
     def check(self, peer: Peer, role: str) -> None:
         """Raises IdentityError when the caller has another role or its certificate was revoked."""

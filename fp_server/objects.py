@@ -10,8 +10,8 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from common.errors import DigestError, NotFound, StorageError
 from common.types import ObjectRef
@@ -76,6 +76,7 @@ class ObjectStore:
             size = source.stat().st_size
             target = self._objects / digest[:2] / digest
             if target.exists():
+                sync_directory(target.parent)  # whoever moved it there may have been killed before this
                 source.unlink()
                 return ObjectRef(digest, size)
             if not target.parent.is_dir():
@@ -112,12 +113,15 @@ class Arrival:
 
     def __init__(self, store: ObjectStore, directory: Path, ref: ObjectRef) -> None:
         self._store, self.ref = store, ref
-        directory.mkdir(exist_ok=True)
-        for other in directory.glob("*"):  # a device has one update at a time
-            if other.name != ref.digest:
-                other.unlink(missing_ok=True)
         self.path = directory / ref.digest
-        self._file: BinaryIO | None = None
+        try:
+            directory.mkdir(exist_ok=True)
+            for other in directory.glob("*"):  # a device has one update at a time
+                if other.name != ref.digest:
+                    other.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(directory, error) from None
+        self._file: FileIO | None = None
         self._hash = hashlib.sha256()
 
     @property
@@ -131,7 +135,7 @@ class Arrival:
         try:
             if self.offset > self.ref.size:
                 self.path.unlink()
-            self._file = self.path.open("ab")
+            self._file = self.path.open("ab", buffering=0)  # what was written survives a kill of the process
             with self.path.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     self._hash.update(chunk)
@@ -145,7 +149,9 @@ class Arrival:
         if self._file.tell() + len(data) > self.ref.size:
             raise DigestError(f"the push holds more than the {self.ref.size} bytes it announced")
         try:
-            self._file.write(data)
+            view = memoryview(data)
+            while view:
+                view = view[self._file.write(view) :]
         except OSError as error:
             raise storage_error(self.path, error) from None
         self._hash.update(data)

@@ -7,6 +7,7 @@ from the log is asked for as a `Record` command, and takes effect when that even
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -41,7 +42,7 @@ from fp_server.commands import (
     Tick,
 )
 from fp_server.config import RunConfig
-from fp_server.roundstate import Member, Phase, Round, Stage
+from fp_server.roundstate import PHASES, Member, Phase, Round, Stage
 from fp_server.seeding import draw_devices, rng_for
 
 
@@ -59,6 +60,9 @@ class RunMachine:
         self.ledger: dict[int, ObjectRef] = {}
         self.broadcast: dict[int, ObjectRef] = {}
         self.next_round, self.attempt = 0, 0
+        self.failures = 0
+        """Failed attempts at the next round since the run was last resumed; `attempt` only ever grows within a round."""
+        self.idle_since = 0.0
         self.current: Round | None = None
         self.history: list[tuple[Round, e.RoundCommitted | None]] = []
         self.paused: str | None = None
@@ -139,32 +143,33 @@ class RunMachine:
             case e.Assigned():
                 if (member := self._member(happening.device, happening.key)) and member.stage is Stage.CHOOSING:
                     member.assigned, member.stage, member.progress_at = happening, Stage.TRAINING, now
+                    member.reached.clear()
                     if member.probe is not None:  # the matrix has served; a long run must not keep them all
                         member.probe = replace(member.probe, similarity=np.empty((0, 0), np.float32))
                     self._send_task(happening.device, out)
             case e.UpdateAccepted():
                 if (member := self._member(happening.device, happening.key)) and not member.settled:
                     member.accepted, member.stage = happening, Stage.DONE
+                    self._ask(happening.device, out)
             case e.DeviceDropped():
                 if (member := self._member(happening.device, happening.key)) and not member.settled:
                     member.dropped, member.stage = happening, Stage.DROPPED
                     self._cancel(happening.device, happening.key, happening.message, out)
+                    self._ask(happening.device, out)
             case e.RoundClosed():
-                self._on_closed(happening, out)
-                self._ask_stale(out)
+                self._on_closed(happening, now, out)
             case e.RoundCommitted():
-                self._on_committed(happening)
-                self._ask_stale(out)
+                self._on_committed(happening, now)
             case e.RunPaused():
                 self.paused = happening.reason
             case e.RunResumed():
-                self.paused, self.attempt = None, self.attempt if self.current else 0
+                self.paused, self.failures = None, 0
             case e.RunEnded():
                 self._on_ended(happening, out)
             case Connected():
                 self.connected.add(happening.device)
                 self.stale.add(happening.device)
-                self._greet(happening.device, now, out)
+                self._greet(happening.device, out)
             case Disconnected():
                 self.connected.discard(happening.device)
             case ProgressSeen():
@@ -193,16 +198,18 @@ class RunMachine:
         member.probe, member.progress_at = event, now
         if self.current is not None and self.current.opened.evaluate:
             member.stage = Stage.DONE
+            self._ask(event.device, out)
         else:
             member.stage = Stage.CHOOSING
             out.append(Choose(event.key, event.device))
 
-    def _on_closed(self, event: e.RoundClosed, out: list[Command]) -> None:
+    def _on_closed(self, event: e.RoundClosed, now: float, out: list[Command]) -> None:
         assert self.current is not None
-        self.current.closed = event
+        self.current.closed, self.idle_since = event, now
         for device, member in self.current.members.items():
             if not member.settled:
                 self._cancel(device, event.key, event.reason, out)
+                self._ask(device, out)
         if event.aggregate and not self.current.opened.evaluate:
             out.append(Aggregate(event.key))
             return
@@ -210,15 +217,16 @@ class RunMachine:
         if self.current.opened.evaluate:
             self.next_round += 1
         else:
-            self.attempt += 1
+            self.attempt, self.failures = self.attempt + 1, self.failures + 1
         self.current = None
 
-    def _on_committed(self, event: e.RoundCommitted) -> None:
+    def _on_committed(self, event: e.RoundCommitted, now: float) -> None:
         assert self.current is not None
         for unit in event.units:
             self.ledger[unit.layer], self.broadcast[unit.layer] = unit.ledger, unit.broadcast
         self.history.append((self.current, event))
-        self.current, self.next_round, self.attempt = None, self.next_round + 1, 0
+        self.current, self.idle_since = None, now
+        self.next_round, self.attempt, self.failures = self.next_round + 1, 0, 0
 
     def _on_ended(self, event: e.RunEnded, out: list[Command]) -> None:
         if self.current is not None:
@@ -234,11 +242,13 @@ class RunMachine:
         member = self._member(seen.device, seen.key)
         if member is None:
             return
-        before = member.progress
-        if before is None or before.phase != seen.phase or seen.amount > before.amount:
-            member.progress, member.progress_at = seen, now
+        member.progress = seen
+        # Only getting further than ever in a known phase counts: going back and forth between phases does not.
+        if seen.phase in PHASES and seen.amount > member.reached.get(seen.phase, -1):
+            member.reached[seen.phase], member.progress_at = seen.amount, now
 
     def _on_recovered(self, now: float, out: list[Command]) -> None:
+        self.idle_since = now
         if self.current is None:
             return
         for device, member in self.current.members.items():
@@ -261,21 +271,27 @@ class RunMachine:
             return [Record(e.RunEnded(self.name, "finished"))]
         if self.paused is not None:
             return []
-        if self.attempt >= run.max_attempts:
-            reason = f"round {self.next_round + 1} failed {self.attempt} times; see the devices' errors, then resume"
+        if self.failures >= run.max_attempts:
+            reason = f"round {self.next_round + 1} failed {self.failures} times; see the devices' errors, then resume"
             return [Record(e.RunPaused(self.name, reason))]
-        return self._open()
-
-    def _open(self) -> list[Command]:
-        run, key = self.config.run, TaskKey(self.name, self.next_round, self.attempt)
-        evaluate = self.next_round == run.rounds
         able = sorted(d for d in self.connected - self.stale if self.capacity(d) is not None)
-        if evaluate:
-            last = next((r.opened for r, c in reversed(self.history) if c is not None), None)
-            drawn = tuple(d for d in (last.drawn if last else ()) if d in able)
-            if not drawn and not able:
-                return []
-            return [Record(e.RoundOpened(self.name, key, tuple(able), drawn or tuple(able), {}, True))]
+        return self._open(able) if self.next_round < run.rounds else self._open_evaluation(able, now)
+
+    def _open_evaluation(self, able: list[str], now: float) -> list[Command]:
+        """The last round's devices report the loss once more; those that are away get the progress timeout to return."""
+        run, key = self.config.run, TaskKey(self.name, self.next_round, self.attempt)
+        last = next((r.opened.drawn for r, c in reversed(self.history) if c is not None), ())
+        waited = now - self.idle_since > run.progress_timeout_seconds
+        away = [d for d in last if d not in able and (d in self.stale or d not in self.connected)]
+        if away and not waited:
+            return []
+        drawn = tuple(d for d in last if d in able) or tuple(able)
+        if not drawn:
+            return [Record(e.RunEnded(self.name, "finished", "no device was there for the final evaluation"))]
+        return [Record(e.RoundOpened(self.name, key, tuple(able), drawn, {}, True))]
+
+    def _open(self, able: list[str]) -> list[Command]:
+        run, key = self.config.run, TaskKey(self.name, self.next_round, self.attempt)
         if len(able) < run.min_devices:
             return []
         drawn = draw_devices(able, self.config.drawn(len(able)), rng_for(run.seed, key.round, "", f"sample/{key.attempt}"))
@@ -308,7 +324,9 @@ class RunMachine:
         delivered = sum(member.stage is Stage.DONE for member in current.members.values())
         open_ = sum(not member.settled for member in current.members.values())
         overdue = now - current.opened_at > run.round_limit_seconds
-        wanted = len(current.members) if current.opened.evaluate else max(1, -(-len(current.members) * run.quorum // 1))
+        wanted = len(current.members)
+        if not current.opened.evaluate:  # 1e-9: 0.07 of 100 is 7, not the 8 that rounding up 7.000000000000001 gives
+            wanted = min(wanted, max(math.ceil(wanted * run.quorum - 1e-9), run.min_updates))
         if open_ and delivered < wanted and not overdue:
             return []
         if current.opened.evaluate:
@@ -356,16 +374,23 @@ class RunMachine:
         if device in self.connected:
             out.append(SendCancel(device, key, reason))
 
-    def _greet(self, device: str, now: float, out: list[Command]) -> None:
+    def _greet(self, device: str, out: list[Command]) -> None:
         if self.ended is not None:
             return
-        task = self.task(device)
-        if task is not None:
+        if (task := self.task(device)) is not None:
+            if self.current is not None:  # it may have to begin anew: what it did before is no measure of progress
+                self.current.members[device].reached.clear()
             out.append(task)
-        elif self.current is None or device not in self.current.members:
+        elif self.current is None or self.current.closed is not None or self._idle(device):
             # Asked at every connection: the budget may have changed while the device was away.
             out.append(SendPlanRequest(device, self.spec))
 
-    def _ask_stale(self, out: list[Command]) -> None:
-        if self.current is None and self.ended is None:
-            out.extend(SendPlanRequest(device, self.spec) for device in sorted(self.stale & self.connected))
+    def _idle(self, device: str) -> bool:
+        """Whether the round expects nothing (more) of it, so that a new plan can't change what is being chosen for it."""
+        member = self.current.members.get(device) if self.current is not None else None
+        return member is None or member.settled
+
+    def _ask(self, device: str, out: list[Command]) -> None:
+        """Ask a device that reconnected during its task, now that it is free again."""
+        if device in self.stale & self.connected and self.ended is None:
+            out.append(SendPlanRequest(device, self.spec))

@@ -8,6 +8,9 @@ from enum import StrEnum
 from fp_server import events as e
 from fp_server.commands import ProgressSeen
 
+PHASES = frozenset({"fetch", "probe", "train", "push"})
+"""The phases a device may report progress in (docs/protocol.md)."""
+
 
 class Stage(StrEnum):
     """Where a drawn device stands in the round."""
@@ -41,6 +44,9 @@ class Member:
     dropped: e.DeviceDropped | None = None
     progress_at: float = 0.0
     progress: ProgressSeen | None = None
+    """The last sign of life."""
+    reached: dict[str, int] = field(default_factory=dict)
+    """The most that was seen of each phase."""
 
     @property
     def settled(self) -> bool:

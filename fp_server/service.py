@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc.aio
 
-from common.errors import ProtocolError
+from common.errors import FedPrunerError, ProtocolError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer, peer_of
@@ -43,27 +43,30 @@ class Sessions(session_pb2_grpc.SessionsServicer):
             peer = caller(context, self._authority, "device")
             await _expect_hello(context)
             await context.write(session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION)))
-            session = await self._coordinator.connect(peer.name)
+            session = Session(peer.name)
             try:
+                await self._coordinator.connect(session)
                 await self._serve(session, context)
             finally:
                 await asyncio.shield(self._coordinator.disconnect(session))
 
     async def _serve(self, session: Session, context: Context) -> None:
         listening = asyncio.create_task(self._listen(session, context))
+        speaking: asyncio.Task[c.Send | FedPrunerError] | None = None
         try:
             while True:
                 speaking = asyncio.create_task(session.outbox.get())
                 done, _ = await asyncio.wait({listening, speaking}, return_when=asyncio.FIRST_COMPLETED)
                 if listening in done:
-                    speaking.cancel()
                     listening.result()
                     return
                 command = speaking.result()
-                if command is None:
-                    raise ProtocolError(session.reason)
+                if isinstance(command, FedPrunerError):
+                    raise command
                 await context.write(_encode(command))
         finally:
+            if speaking is not None:
+                speaking.cancel()
             listening.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await listening

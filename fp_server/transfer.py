@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc.aio
 
-from common.errors import FedPrunerError, NotFound, ProtocolError, TooLate
+from common.errors import FedPrunerError, NotFound, ProtocolError
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
+from common.transport.tls import Peer
 from common.transport.wire import CHUNK, errors_to_status
 from common.types import UpdateReady
 from fp_server import commands as c
@@ -21,12 +22,26 @@ from fp_server.service import Context, caller
 from fp_server.validation import check_update, update_bytes_limit
 
 
+class _Push:
+    """A push under way. A half-open stream of the same device must not write to the same file."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self._task, self.superseded, self.over = task, False, asyncio.Event()
+
+    async def give_way(self) -> None:
+        """End it; returns when it has let go of its file."""
+        if not self.over.is_set():
+            self.superseded = True
+            self._task.cancel()
+            await self.over.wait()
+
+
 class Objects(objects_pb2_grpc.ObjectsServicer):
     """Object transfer for devices."""
 
     def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
         self._coordinator, self._authority = coordinator, authority
-        self._pushing: dict[str, asyncio.Task[Any]] = {}
+        self._pushing: dict[str, _Push] = {}
 
     async def Fetch(self, request: objects_pb2.FetchRequest, context: Context) -> AsyncIterator[objects_pb2.Chunk]:  # noqa: N802
         """An object of the device's current task, from an offset on."""
@@ -35,6 +50,9 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             machine = self._coordinator.active
             if machine is None or request.digest not in machine.may_fetch(peer.name):
                 raise NotFound(f"object {request.digest[:16]!r}… is not part of this device's current task")
+            size = (await asyncio.to_thread(self._coordinator.store.path(request.digest).stat)).st_size
+            if request.offset > size:
+                raise ProtocolError(f"object {request.digest[:16]}… has {size} bytes; there is no byte {request.offset}")
             chunks = self._coordinator.store.chunks(request.digest, request.offset, CHUNK)
             while chunk := await asyncio.to_thread(next, chunks, b""):
                 self._coordinator.fetched(len(chunk))
@@ -55,24 +73,31 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         """Receive an update; the reply means it is durable, checked and counted."""
         async with errors_to_status(context):
             peer = caller(context, self._authority, "device")
-            if (older := self._pushing.get(peer.name)) is not None and not older.done():
-                older.cancel()  # a half-open stream of the same device must not write to the same file
-                await asyncio.wait({older})
-            current = asyncio.current_task()
-            assert current is not None
+            task = asyncio.current_task()
+            assert task is not None
+            older, current = self._pushing.get(peer.name), _Push(task)
             self._pushing[peer.name] = current
             try:
+                if older is not None:
+                    await older.give_way()
                 first = await context.read()
                 if first is grpc.aio.EOF or first.WhichOneof("body") != "header":
                     raise ProtocolError("a push must begin with its header")
                 ready = serde.ready_from_pb(first.header)
-                return await self._receive(peer.name, ready, first.header.offset, context)
+                return await self._receive(peer, ready, first.header.offset, context)
+            except asyncio.CancelledError:
+                if not current.superseded:
+                    raise
+                task.uncancel()  # so that the older call ends with a status and not with silence
+                raise ProtocolError("another push of the same device took this one's place") from None
             finally:
+                current.over.set()
                 if self._pushing.get(peer.name) is current:
                     del self._pushing[peer.name]
         raise AssertionError("unreachable")
 
-    async def _receive(self, device: str, ready: UpdateReady, offset: int, context: Context) -> objects_pb2.PushReply:
+    async def _receive(self, peer: Peer, ready: UpdateReady, offset: int, context: Context) -> objects_pb2.PushReply:
+        device = peer.name
         machine = self._coordinator.machine_for(ready.key.run)
         if machine.check_push(device, ready.key, ready.ref):
             return objects_pb2.PushReply(duplicate=True)
@@ -98,6 +123,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             arrival.discard()
             await self._coordinator.reject(device, ready.key, error)
             raise
+        self._authority.check(peer, "device")  # it may have been revoked while the bytes arrived
         await asyncio.to_thread(arrival.adopt)
         return objects_pb2.PushReply(duplicate=await self._coordinator.accept(device, ready))
 
@@ -109,7 +135,6 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             await asyncio.to_thread(arrival.write, message.chunk.data)
             if arrival.offset - reported >= 4 * CHUNK:
                 reported = arrival.offset
-                machine = self._coordinator.machine_for(ready.key.run)
-                if machine.current is None or machine.current.opened.key != ready.key:
-                    raise TooLate(f"round {ready.key.round + 1} was closed while the update arrived")
+                # TooLate or NotFound as soon as the round is closed or the device is out of it.
+                self._coordinator.machine_for(ready.key.run).assignment(device, ready.key)
                 await self._coordinator.post(c.ProgressSeen(device, ready.key, "push", reported, ready.ref.size))

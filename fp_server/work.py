@@ -13,6 +13,7 @@ import numpy as np
 
 from common.blocks import block_names, key
 from common.config import parse
+from common.errors import BudgetError, TooLate
 from common.tensorfile import TensorFile
 from common.types import TaskKey, UnitId
 from fp_server import events as e
@@ -30,13 +31,21 @@ def parse_run(toml: str, source: str) -> RunConfig:
     return parse(toml, RunConfig, source)
 
 
-def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
-    """FDLO and IALS for one device (paper §3.1, §3.2). Raises BudgetError when nothing fits."""
+def _current(machine: RunMachine, task: TaskKey) -> Round:
+    """The round of `task`. Raises TooLate when the machine has moved on while this waited for its thread."""
     current = machine.current
-    assert current is not None and current.opened.key == task
-    probe, capacity = current.members[device].probe, machine.capacity(device)
-    assert probe is not None and capacity is not None
-    report = machine.plans[device].report
+    if current is None or current.opened.key != task:
+        raise TooLate(f"round {task.round + 1} of {task.run!r} is over")
+    return current
+
+
+def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
+    """FDLO and IALS for one device (paper §3.1, §3.2). Raises BudgetError when nothing fits, TooLate."""
+    current = _current(machine, task)
+    probe, report = current.members[device].probe, machine.plans[device].report
+    capacity = report.capacity(machine.config.train.gradient)
+    if probe is None or capacity is None or capacity.units < 1:
+        raise BudgetError(f"device {device!r} said meanwhile that it can't hold a submodel: {report.refusal}")
     # The plan's unit count is for the largest units: what that many cost is what the draw may cost.
     limit = sum(sorted(report.unit_bytes, reverse=True)[: capacity.units])
     inputs = PlanInputs(
@@ -61,10 +70,10 @@ def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
 def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, bytes_down: int) -> e.RoundCommitted:
     """Stack a closed round's accepted updates, layer by layer, one module at a time (Eq. 5).
 
-    Raises StorageError (disk full, damaged object); then nothing has changed and it can be tried again.
+    Raises StorageError (disk full, damaged object); then nothing has changed and it can be tried again. Raises
+    TooLate when the run was stopped.
     """
-    current = machine.current
-    assert current is not None and current.opened.key == task
+    current = _current(machine, task)
     config, manifest = machine.config, machine.manifest
     method, targets = METHODS[config.run.method], config.targets(manifest)
     accepted = {d: m for d, m in sorted(current.members.items()) if m.accepted is not None}
