@@ -1,0 +1,220 @@
+"""What a person sees of the demo: live progress, and the report at the end. Made from `fp-server status --json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Status = Mapping[str, Any]
+
+STILL = 0.002
+"""A smaller change of the loss than this is called no change."""
+DOING = {
+    "": "waits", "fetch": "fetches", "probe": "probes the full model", "load": "loads its layers", "train": "trains",
+    "push": "uploads",
+}  # fmt: skip
+
+
+def mib(count: float | None) -> str:
+    """Bytes as whole MiB, or KiB when small."""
+    if count is None:
+        return "–"
+    return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB" if count else "0"
+
+
+def ranges(layers: list[str]) -> str:
+    """Layer names shortened: ``1-4 7 9-11``."""
+    numbers = sorted(int(layer) for layer in layers)
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return " ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def losses(status: Status) -> dict[int, float]:
+    """Completed rounds -> full-model held-out loss, only where every drawn device has reported."""
+    rounds = [*status["history"], *([status["current"]] if status["current"] else [])]
+    whole = {r["round"] - 1 for r in rounds if all("loss" in member for member in r["devices"].values())}
+    return {entry["rounds_done"]: entry["loss"] for entry in status["loss"] if entry["rounds_done"] in whole}
+
+
+def headline(status: Status) -> str:
+    """Where the run stands."""
+    current = status["current"]
+    if current is None:
+        return "waiting for all six devices" if not status["history"] else "between rounds"
+    if current["evaluation"]:
+        return "final evaluation: every device measures the full model once more"
+    return f"round {current['round']} of {status['rounds']}"
+
+
+def doing(status: Status, device: str) -> str:
+    """What a device does now."""
+    current = status["current"]
+    if current is None:
+        seen = status["devices"][device]
+        if not seen["connected"]:
+            return "starts"
+        return f"ready, holds {seen['units']} layers" if seen["units"] else "plans its memory"
+    member = current["devices"].get(device)
+    if member is None:
+        return "waits"
+    stage: str = member["stage"]
+    if stage == "done":
+        return "done"
+    if stage == "dropped":
+        return f"dropped out: {member['message']}"
+    progress = member.get("progress")
+    if progress is None:
+        starting = {"probing": "starts its worker", "choosing": "gets its layers", "training": "loads its layers"}
+        return starting.get(stage, stage)
+    phase = str(progress["phase"])
+    return DOING.get(phase, phase)
+
+
+def _bar(status: Status, device: str, width: int = 16) -> str:
+    current = status["current"]
+    progress: Mapping[str, int] | None = (current["devices"].get(device) or {}).get("progress") if current else None
+    if progress is None or not progress["total"]:
+        return ""
+    filled = round(width * min(1.0, progress["done"] / progress["total"]))
+    return "━" * filled + "·" * (width - filled) + f" {progress['done']}/{progress['total']}"
+
+
+def live(status: Status | None, budgets: Mapping[str, str], elapsed: float) -> RenderableType:
+    """The table that updates while the run goes on."""
+    if status is None or status["run"] is None:
+        return Text(f"{elapsed:4.0f} s  the server starts the run")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name, width in (("device", 9), ("budget", 8), ("layers it draws", 30), ("doing", 22), ("", 24)):
+        table.add_column(name, min_width=min(width, 9), max_width=width, no_wrap=name != "layers it draws")
+    for device in budgets:
+        if device not in status["devices"]:
+            table.add_row(device, budgets[device], "", "starts", "")
+            continue
+        member = ((status["current"] or {}).get("devices") or {}).get(device, {})
+        style = "green" if member.get("stage") == "done" else ""
+        table.add_row(
+            device, budgets[device], ranges(member.get("units", [])), doing(status, device), _bar(status, device), style=style
+        )
+    known = losses(status)
+    curve = "  →  ".join(f"{loss:.4f}" for _, loss in sorted(known.items())) or "not measured yet"
+    head = Text.assemble((headline(status), "bold"), f"   {elapsed:.0f} s   full-model held-out loss: {curve}")
+    return Group(head, table)
+
+
+class Lines:
+    """Progress as plain lines, where there is no terminal: one line when a device's work changes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last: dict[str, str] = {}
+
+    def update(self, status: Status | None, elapsed: float) -> None:
+        """Print what is new."""
+        if status is None or status["run"] is None:
+            return
+        self._tell("", headline(status), elapsed)
+        for device in status["devices"]:
+            self._tell(device, doing(status, device), elapsed)
+
+    def _tell(self, who: str, what: str, elapsed: float) -> None:
+        if self._last.get(who) != what:
+            self._last[who] = what
+            self._console.print(f"{elapsed:5.0f} s  {who or 'server':9} {what}", highlight=False, markup=False)
+
+
+def report(status: Status) -> RenderableType:
+    """The rounds, as a table for a person, and what to make of them."""
+    parts: list[RenderableType] = []
+    known = losses(status)
+    trained = [r for r in status["history"] if not r["evaluation"] and r["committed"]]
+    for entry in trained:
+        done = entry["round"] - 1
+        before, after = known.get(done), known.get(done + 1)
+        probes = [member["probe_peak_bytes"] for member in entry["devices"].values() if "probe_peak_bytes" in member]
+        title = Text.assemble(
+            (f"Round {entry['round']}", "bold"), f"  full-model held-out loss {_number(before)} → {_number(after)}",
+            _change(before, after),
+            f"\n{len(entry['devices'])} devices, up {mib(entry['bytes_up'])}, down {mib(entry['bytes_down'])}, ",
+            f"{len(entry['changed_layers'])} layers changed, largest probe peak {mib(max(probes, default=None))}",
+        )  # fmt: skip
+        parts += [title, _round(entry, status), Text("")]
+    if trained:
+        parts += [_groups(trained[-1]), Text(""), _verdict(trained, known)]
+    return Group(*parts)
+
+
+def _number(loss: float | None) -> str:
+    return "not measured" if loss is None else f"{loss:.4f}"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else f" ({after - before:+.4f})"
+
+
+def _round(entry: Mapping[str, Any], status: Status) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("device", min_width=8)
+    table.add_column("groups", justify="right")
+    table.add_column("layers drawn, one a group", ratio=1, min_width=26)
+    for name in ("up", "budget", "predicted", "measured"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("submodel loss", no_wrap=True)
+    for device, member in entry["devices"].items():
+        if "update_bytes" not in member:
+            table.add_row(device, "", Text(member.get("message", member["stage"]), style="red"), "", "", "", "", "")
+            continue
+        table.add_row(
+            device, str(len(member["groups"])), ranges(member["units"]), mib(member["update_bytes"]),
+            mib(status["devices"][device]["budget_bytes"]), mib(member["predicted_peak_bytes"]),
+            mib(member["measured_peak_bytes"]),
+            f"{member['loss_first']:.2f} → {member['loss_last']:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _groups(entry: Mapping[str, Any]) -> RenderableType:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(min_width=8)
+    table.add_column()
+    for device, member in entry["devices"].items():
+        if "groups" in member:
+            groups = sorted(member["groups"], key=lambda group: min(int(layer) for layer in group))
+            table.add_row(device, "  │  ".join(ranges(group) for group in groups))
+    title = Text.assemble(
+        (f"Groups of similar layers in round {entry['round']}", "bold"),
+        ", by each device's own data (1-based; one layer of each is drawn)",
+    )
+    return Group(title, table)
+
+
+def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, float]) -> Text:
+    members = [m for r in trained for m in r["devices"].values() if "loss_last" in m]
+    first = sum(m["loss_first"] for m in members) / len(members)
+    last = sum(m["loss_last"] for m in members) / len(members)
+    text = Text.assemble(("What the losses say. ", "bold"))
+    down = "fell" if last < first - STILL else "rose" if last > first + STILL else "did not change"
+    text.append(
+        f"Within a round the submodels' own training loss {down}: {first:.2f} → {last:.2f} on average, first step to last. "
+    )
+    ends = [known.get(0), known.get(trained[-1]["round"])]
+    if ends[0] is None or ends[1] is None:
+        text.append("The full model's held-out loss was not measured by every device, so nothing is said of it.")
+        return text
+    change = ends[1] - ends[0]
+    word = "improved" if change < -STILL else "got worse" if change > STILL else "hardly moved"
+    text.append(f"The full model's held-out loss {word}: {ends[0]:.4f} → {ends[1]:.4f} ({change:+.4f}). ", style="bold")
+    text.append(
+        "Only the full model's figure counts. This version trains by the plain submodel gradient, as the paper does, and "
+        "that gradient is nearly at right angles to the full model's: a falling submodel loss is no sign that the full "
+        "model learns."
+    )
+    return text
