@@ -139,6 +139,8 @@ class Agent:
             self._outbox.drop_task(said.key)
         elif isinstance(said, RunEnded):
             log.info("run %s: %s", said.run, said.outcome)
+            for plan in [plan for spec, plan in self._plans.items() if spec.run == said.run]:
+                await _cancel(plan)
             if self._said is not None and self._said.key.run == said.run:
                 await self._drop()
             self._runs.forget(said.run)

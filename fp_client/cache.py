@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -58,7 +59,7 @@ class ObjectCache:
         Raises StorageError when the disk is full, and whatever `fetch` raises.
         """
         path = self.path(ref)
-        if not self.holds(ref):
+        if not await asyncio.to_thread(self.holds, ref):
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._evict(ref.size, keep | {ref.digest})

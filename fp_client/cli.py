@@ -6,9 +6,14 @@ import os
 import sys
 from typing import Annotated
 
+# One BLAS thread and no chatter: the daemon computes nothing, and gRPC's own log says nothing that our errors do not.
+for _name, _value in (("OPENBLAS_NUM_THREADS", "1"), ("OMP_NUM_THREADS", "1"), ("GRPC_VERBOSITY", "ERROR")):
+    os.environ.setdefault(_name, _value)
+
 import typer
 
 from common.errors import FedPrunerError
+from fp_client import commands_doctor, commands_model, commands_plan, commands_probe
 from fp_client.commands import HERE, Directory, Json
 
 app = typer.Typer(
@@ -56,13 +61,12 @@ def run(
     daemon.run(directory)
 
 
+for _module in (commands_plan, commands_probe, commands_doctor, commands_model):
+    _module.register(app)
+
+
 def main() -> None:
     """Entry point: errors of ours become one line and their exit code."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC's own log lines say nothing that our errors do not
-    from fp_client import commands_doctor, commands_model, commands_plan, commands_probe
-
-    for module in (commands_plan, commands_probe, commands_doctor, commands_model):
-        module.register(app)
     try:
         app()
     except FedPrunerError as error:

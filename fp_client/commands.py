@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from common.errors import ConfigError
 from fp_client.config import FILE, ClientConfig
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+# No markup: messages and paths hold square brackets of their own.
+out, err = Console(highlight=False, markup=False), Console(stderr=True, highlight=False, markup=False)
 
 Directory = Annotated[
     Path,

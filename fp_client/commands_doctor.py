@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from common.errors import ConfigError, FedPrunerError, StorageError
 from fp_client.commands import HERE, Directory, Json, bar, err, out
@@ -192,7 +193,8 @@ def doctor(
         with err.status("checking"):
             for finding in checks:
                 findings.append(finding)
-                table.add_row("[green]✓[/]" if finding.ok else "[red]✗[/]", finding.check, finding.note)
+                mark = Text("✓", "green") if finding.ok else Text("✗", "red")
+                table.add_row(mark, finding.check, finding.note)
         out.print(table)
     if failed := [finding for finding in findings if not finding.ok]:
         raise typer.Exit(failed[0].code)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from common.errors import BudgetError, ConfigError
 from common.types import ProbeSpec, Quantization, Start, TrainSpec
@@ -149,19 +150,10 @@ async def _measured(config: ClientConfig, directory: Path, model: str, quiet: bo
 
 def _show(rows: list[dict[str, Any]], limit: int, device: str) -> None:
     table = Table(title=f"budget {human(limit) if limit else 'unbounded'} ({'VRAM' if device == 'cuda' else 'main memory'})")
-    for name in (
-        "model",
-        "quantization",
-        "units",
-        "micro-batch",
-        "checkpointing",
-        "predicted peak",
-        "one more unit",
-        "smallest budget",
-    ):
-        table.add_column(name, justify="left" if name in ("model", "quantization") else "right")
+    for name in ("model", "weights", "units", "micro", "ckpt", "peak", "+1 unit", "smallest"):
+        table.add_column(name, justify="left" if name in ("model", "weights") else "right", no_wrap=True)
     for row in rows:
-        fits = [f"[red]0 of {row['layers']}[/]", "", "", "", ""]
+        fits: list[str | Text] = [Text(f"0 of {row['layers']}", "red"), "", "", "", ""]
         if row["units"]:
             keeps = "yes" if row["checkpointing"] else "no"
             fits = [

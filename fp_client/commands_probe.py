@@ -20,6 +20,7 @@ from fp_client.config import ClientConfig, human, load_config
 
 _COLOURS = ("#0d0887", "#5b02a3", "#9a179b", "#cb4678", "#eb7852", "#fbb32f", "#f0f921")
 """From unlike to alike (plasma); readable with colour blindness."""
+_SHADES = " ░▒▓█"
 
 
 def local_spec(model: str, probe: ProbeSpec) -> RunSpec:
@@ -53,8 +54,8 @@ def as_dict(report: ProbeReport) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def heat_map(similarity: np.ndarray[Any, np.dtype[np.float32]], width: int) -> Text:
-    """The U x U matrix as coloured cells, least alike to most alike."""
+def heat_map(similarity: np.ndarray[Any, np.dtype[np.float32]], width: int, colour: bool) -> Text:
+    """The U x U matrix as cells from least to most alike: coloured, or shaded where there is no colour."""
     low, high = float(similarity.min()), float(similarity.max())
     cell = 2 if 2 * len(similarity) + 5 <= width else 1
     text = Text()
@@ -62,12 +63,19 @@ def heat_map(similarity: np.ndarray[Any, np.dtype[np.float32]], width: int) -> T
         text.append(f"{UnitId(i).label:>4} ")
         for value in row:
             level = int((float(value) - low) / max(high - low, 1e-9) * (len(_COLOURS) - 1) + 0.5)
-            text.append(" " * cell, style=f"on {_COLOURS[level]}")
+            _cell(text, level, cell, colour)
         text.append("\n")
     text.append(f"     {low:.3f} ")
-    for colour in _COLOURS:
-        text.append("  ", style=f"on {colour}")
+    for level in range(len(_COLOURS)):
+        _cell(text, level, 2, colour)
     return text.append(f" {high:.3f}")
+
+
+def _cell(text: Text, level: int, width: int, colour: bool) -> None:
+    if colour:
+        text.append(" " * width, style=f"on {_COLOURS[level]}")
+    else:
+        text.append(_SHADES[level * (len(_SHADES) - 1) // (len(_COLOURS) - 1)] * width)
 
 
 def probe(
@@ -97,12 +105,14 @@ def probe(
         typer.echo(json.dumps(as_dict(report)))
         return
     out.print("CKA between the outputs of layers (row and column), from unlike to alike:")
-    out.print(heat_map(report.similarity, out.width))
+    out.print(heat_map(report.similarity, out.width, out.is_terminal and not out.no_color))
     table = Table(title="input against output of each layer (s of Eq. 3; high: the layer changes little)")
-    for name, side in (("layer", "right"), ("similarity", "right"), ("", "left")):
-        table.add_column(name, justify="left" if side == "left" else "right")
+    table.add_column("layer", justify="right")
+    table.add_column("similarity", justify="right")
+    table.add_column("how much it changes (1 - s)")
+    most = max(1e-9, 1 - float(report.in_out.min()))
     for i, value in enumerate(report.in_out):
-        table.add_row(UnitId(i).label, f"{value:.4f}", "█" * round(30 * max(0.0, float(value))))
+        table.add_row(UnitId(i).label, f"{value:.4f}", "█" * round(30 * (1 - float(value)) / most))
     out.print(table)
     out.print(
         f"held-out loss of the full model: {report.loss:.4f} over {report.tokens} response tokens; "
