@@ -1,0 +1,208 @@
+"""`fp-client` as a person and a script see it: real processes, exit codes, what is printed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import pytest
+from fake_ca import FakeCa
+from fake_server import serving
+
+from common.errors import ProtocolError
+from fp_client.cli import app
+from fp_client.enroll import write_server
+from fp_client.shapes import CONFIGS
+
+RETRY = "\n[retry]\nattempts = 3\nfirst_seconds = 0.01\nlongest_seconds = 0.05\n"
+
+
+async def start(*arguments: object):
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "fp_client.cli", *map(str, arguments),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120"},
+    )  # fmt: skip
+
+
+async def call(*arguments: object) -> tuple[int, str, str]:
+    process = await start(*arguments)
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, out.decode(), err.decode()
+
+
+def configure(directory, address: str) -> None:
+    (directory / "client.toml").write_text(f'server = "{address}"\n{RETRY}')
+
+
+def test_join_then_run_until_sigterm(tmp_path):
+    async def main():
+        async with serving() as server:
+            code, out, err = await call("join", server.token(), "--dir", tmp_path, "--json")
+            assert code == 0, err
+            assert json.loads(out) == {"name": "alice", "role": "device", "server": server.address, "dir": str(tmp_path)}
+            process = await start("run", "--dir", tmp_path, "--json")
+            async with asyncio.timeout(30):
+                while not server.sessions.opened:  # noqa: ASYNC110  # the other side is a process
+                    await asyncio.sleep(0.02)
+            code, _, err = await call("run", "--dir", tmp_path)
+            assert code == 12 and "another fp-client runs on this directory" in err
+            process.send_signal(signal.SIGTERM)
+            out, err = await asyncio.wait_for(process.communicate(), 30)
+            assert process.returncode == 0 and out == b""
+            lines = [json.loads(line) for line in err.decode().splitlines()]
+            assert any("connected as 'alice'" in line["message"] for line in lines) and lines[-1]["message"] == "stopped"
+
+    asyncio.run(main())
+
+
+def test_an_unreachable_server_ends_the_daemon_with_7_after_bounded_tries(tmp_path):
+    FakeCa.make().join(tmp_path)
+    configure(tmp_path, "localhost:1")
+    code, _, err = asyncio.run(call("run", "--dir", tmp_path))
+    assert code == 7 and "try 3 of 3" in err and "try 4" not in err
+    assert err.splitlines()[-1].startswith("error: localhost:1: can't be reached")
+
+
+def test_a_rogue_certificate_ends_the_daemon_with_6(tmp_path):
+    async def main():
+        async with serving() as server:
+            FakeCa.make().join(tmp_path)
+            (tmp_path / "ca.pem").write_bytes(server.ca.pem)
+            configure(tmp_path, server.address)
+            return await call("run", "--dir", tmp_path)
+
+    code, _, err = asyncio.run(main())
+    assert code == 6 and "refuses this device's certificate" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("case", ["missing", "expired"])
+def test_no_certificate_or_an_expired_one_ends_the_daemon_with_6(tmp_path, case):
+    if case == "expired":
+        FakeCa.make().join(tmp_path, valid=(timedelta(days=-2), timedelta(days=-1)))
+    configure(tmp_path, "localhost:1")
+    code, _, err = asyncio.run(call("run", "--dir", tmp_path))
+    assert code == 6 and ("fp-client join" in err if case == "missing" else "expired on" in err)
+
+
+def test_another_schema_ends_the_daemon_with_8(tmp_path):
+    async def main():
+        async with serving() as server:
+            server.sessions.refuse = ProtocolError("the device speaks protocol schema A, this server B")
+            server.ca.join(tmp_path)
+            configure(tmp_path, server.address)
+            return await call("run", "--dir", tmp_path)
+
+    code, _, err = asyncio.run(main())
+    assert code == 8 and err.splitlines()[-1] == "error: the device speaks protocol schema A, this server B"
+
+
+def test_doctor_says_what_is_missing_and_what_to_do(tmp_path):
+    async def main():
+        async with serving() as server:
+            server.ca.join(tmp_path)
+            write_server(tmp_path / "client.toml", server.address)
+            return await call("doctor", "--dir", tmp_path, "--json")
+
+    code, out, _ = asyncio.run(main())
+    found = {finding["check"]: finding for finding in json.loads(out)}
+    assert code == 2
+    assert {name for name, finding in found.items() if not finding["ok"]} == {"data", "model"}
+    assert "accepts this certificate" in found["server"]["note"] and "add [data]" in found["data"]["note"]
+
+
+class Printed:
+    def __init__(self, capsys):
+        self.capsys = capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """The command line's entry point in this process."""
+        from fp_client import cli
+
+        before, sys.argv = sys.argv, ["fp-client", *map(str, arguments)]
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            sys.argv = before
+        seen = self.capsys.readouterr()
+        return ended.value.code or 0, seen.out, seen.err
+
+
+@pytest.fixture
+def run(capsys) -> Printed:
+    return Printed(capsys)
+
+
+def test_errors_are_one_line_and_their_exit_code(tmp_path, run):
+    assert run("join", "nonsense", "--dir", tmp_path)[::2] == (
+        6, "error: this is not a join token; copy the whole line that `fp-server token` printed (it begins with fp1.)\n"
+    )  # fmt: skip
+    (tmp_path / "client.toml").write_text("colour = 1\n")
+    code, _, err = run("run", "--dir", tmp_path)
+    assert code == 2 and err.endswith("client.toml: colour: unknown key\n")
+    code, _, err = run("plan", "--dir", tmp_path)
+    assert code == 2 and "unknown key" in err
+
+
+def test_plan_of_common_shapes(tmp_path, run):
+    code, out, _ = run(
+        "plan", "--dir", tmp_path, "--json", "--budget", "3GB", "--batch", "1", "--rank", "8", "--broadcast-rank", "16"
+    )
+    plan = json.loads(out)
+    rows = {row["model"]: row for row in plan["models"]}
+    assert code == 0 and set(rows) == set(CONFIGS) and plan["budget"] == 3 * 10**9
+    for row in rows.values():
+        assert row["peak"] <= plan["budget"] and 0 < row["units"] <= row["layers"]
+        assert row["peak"] == max(sum(row[task]["rows"].values()) for task in ("train", "probe"))
+    assert rows["llama2-7b"]["units"] > rows["llama2-13b"]["units"]
+
+
+def test_plan_of_a_budget_too_small_says_the_smallest_that_would_do(tmp_path, run):
+    code, out, err = run("plan", "--dir", tmp_path, "--json", "--shape", "llama2-7b", "--budget", "300MB", "--batch", "1")
+    row = json.loads(out)["models"][0]
+    assert code == 5 and row["units"] == 0 and "the smallest that would do" in err
+    code, out, _ = run(
+        "plan", "--dir", tmp_path, "--json", "--shape", "llama2-7b", "--budget", row["smallest_budget"], "--batch", "1"
+    )
+    assert code == 0 and json.loads(out)["models"][0]["units"] == 1
+
+
+def test_wrong_flags(tmp_path, run):
+    code, _, err = run("plan", "--dir", tmp_path, "--shape", "gpt-9")
+    assert code == 2 and "'gpt-9' is not known (known: smollm2-135m" in err
+    code, _, err = run("plan", "--dir", tmp_path, "--budget", "much")
+    assert code == 2 and err.startswith("error: --budget: not a size")
+
+
+def test_every_command_has_help_with_an_example(run):
+    assert len(app.registered_commands) == 7
+    for command in app.registered_commands:
+        code, out, _ = run(command.callback.__name__, "--help")
+        assert code == 0 and "Example:" in out
+
+
+def test_missing_model_for_manifest_and_merge(tmp_path, run):
+    code, _, err = run("manifest", tmp_path / "none", "-o", tmp_path / "m.json")
+    assert code == 3 and "no such model directory" in err
+    code, _, err = run("merge", tmp_path, tmp_path / "adapter", tmp_path / "out")
+    assert code == 2 and "adapter_config.json" in err
+
+
+def test_the_command_line_and_the_daemon_do_not_import_torch():
+    check = (
+        "import sys, fp_client.cli, fp_client.commands_plan\n"
+        "assert 'grpc' not in sys.modules, 'grpc'\n"
+        "import fp_client.app\n"
+        "assert not {'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)\n"
+    )
+
+    async def main():
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", check, stderr=asyncio.subprocess.PIPE)
+        _, err = await process.communicate()
+        return process.returncode, err.decode()
+
+    assert asyncio.run(main()) == (0, "")
