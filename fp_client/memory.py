@@ -21,13 +21,17 @@ READ = 4 * MIB
 """Elements read, cast or quantized at a time (`fp_client.tensors.CHUNK`)."""
 HEAD_ROWS = 4096
 """Vocabulary rows of the head in memory during a probe (`fp_client.loader.HEAD_ROWS`)."""
-OVERHEAD = 16 * MIB
+OVERHEAD = 24 * MIB
 """For one thread; each further one packs its own panels."""
 OVERHEAD_THREAD = 4 * MIB
+OVERHEAD_UNIT = MIB // 4
+"""Modules, hooks and the autograd graph of one layer."""
 PASS_ROWS = 64
 """Rows whose residual streams the probe keeps at once, where the budget allows."""
 MICRO_ROWS = 4
 """Rows inside a layer at once in a probe, where the budget allows."""
+EAGER = frozenset({"gemma2"})
+"""Families whose attention scores are materialised (`fp_client.families`)."""
 _FP32 = 4
 
 
@@ -106,11 +110,13 @@ def largest_weight(shape: Shape, setting: Setting) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """One layer's activations for n tokens. `saved`: for its backward; `forward` and `recompute`: the most that is live
-    while it runs without and with saving; `backward`: the most its backward holds, `saved` included."""
+    """One layer's activations for n tokens. `boundary`: its input; `saved`: for its backward, besides the boundary;
+    `stacked`: what it leaves behind where nothing is recomputed; `forward` and `recompute`: the most that is live while it
+    runs without and with saving; `backward`: the most that its backward holds, `saved` included."""
 
     boundary: int
     saved: int
+    stacked: int
     forward: int
     recompute: int
     backward: int
@@ -132,70 +138,59 @@ def activations(shape: Shape, setting: Setting, spec: TrainSpec, tokens: int, le
 
     full = n * shape.hidden * _FP32
     norm = full if narrow else 0  # the fp32 copy of its input
-    extra_norms = max(0, shape.vectors // max(shape.hidden, 1) - 2) * full if shape.family.startswith("gemma") else 0
+    post_norms = 2 * full if shape.family.startswith("gemma") else 0
     qk_norm = (q + k) * _FP32 // s if shape.family in ("qwen3", "gemma3", "gemma3_text", "olmo2") else 0
-    eager = 4 * n * spec.sequence_length * shape.heads * _FP32 if shape.family == "gemma2" else 0
+    scores = n * spec.sequence_length * shape.heads * _FP32 if shape.family in EAGER else 0
+    masked = 0 < shape.window < spec.sequence_length
+    values = 2 * q if scores or masked else 2 * k  # with a mask, grouped keys and values are repeated for every head
+    mask = 2 * n * spec.sequence_length * s if masked else 0
     attention = (
         inputs(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"), d)
-        + norm + qk_norm + eager + q + 2 * k + q  # q, k, v and the output of attention
-        + inputs(("self_attn.o_proj",), q) * (1 if narrow else 0)
+        + norm + qk_norm + 2 * scores + q + values
+        + (q + k + q if fused else 0)  # the value is a view that keeps the fused projection
+        + (0 if scores else q) + (inputs(("self_attn.o_proj",), q) if narrow or scores or masked else 0)
     )  # fmt: skip
-    before_up = (
-        attention + d + norm + extra_norms + inputs(("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"), d) + 2 * m
-    )  # gate, act
+    mlp = inputs(("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"), d) + 2 * m  # gate and its activation
+    before_up = attention + d + norm + post_norms + mlp
     rank_rows = n * spec.rank * _FP32 * len(t)
     saved = int(1.02 * (before_up + m + inputs(("mlp.down_proj",), m) + rank_rows))
     # The widest module: its output, LoRA's output, that times α/r, and the sum; a narrow dtype promotes its output too.
     wide = 2 * m if fused else m
-    lora = 3 * wide * _FP32 // s + (wide * (2 if narrow else 1) if narrow else 0)
-    hooked = wide * 2 if ledger else 0
+    lora = 3 * wide * _FP32 // s + (2 * wide if narrow else 0)
+    hooked = 2 * wide if ledger else 0
     weight = largest_weight(shape, setting)
     module = max(lora, hooked + wide, weight + wide)
-    forward = m + 2 * d + module  # act, residual, normed input
-    recompute = before_up + 2 * d + module
-    backward = saved + max(2 * wide * _FP32 // s, weight + m)
-    return Activations(d, saved, forward, recompute, backward)
+    forward = mask + max(m + 2 * d + module, 4 * scores)  # act, residual, normed input
+    recompute = mask + max(before_up + 2 * d + module, attention + 4 * scores)
+    backward = mask + saved + max(2 * wide * _FP32 // s, weight + m, 3 * scores)
+    return Activations(d, saved, saved + (0 if narrow else d), forward, recompute, backward)
 
 
 def train_peak(shape: Shape, setting: Setting, spec: TrainSpec, broadcast_rank: int, kept: Kept) -> Estimate:
-    """The worst moment of loading and training a submodel; `broadcast_rank` 0 where there is no ΔW yet."""
+    """The worst moment of loading and training a submodel; `broadcast_rank` 0 where there is no ΔW yet.
+
+    Gradients count as held from the start of a step: those of small factors come from the heap, whose pages stay.
+    """
     n, s = kept.micro_batch * spec.sequence_length, setting.itemsize
     act = activations(shape, setting, spec, n, broadcast_rank > 0)
     lora = kept.units * shape.factors(spec.targets, spec.rank) * _FP32
-    own = shape.factors(spec.targets, spec.rank) * _FP32
-    whole = kept.micro_batch >= spec.batch_size
     held = (
         ("weights", kept.units * layer_bytes(shape, setting)),
         ("head", shape.head * s),
         ("ledger", kept.units * ledger_bytes(shape, spec, broadcast_rank)),
         ("LoRA", lora),
         ("batches", spec.batch_size * spec.sequence_length * 24),
-        ("overhead", setting.overhead),
+        ("overhead", setting.overhead + kept.units * OVERHEAD_UNIT),
     )
-    trained = (*held, ("optimizer", 2 * lora))
-    stack = kept.units * (act.boundary if kept.checkpointing else act.saved)
-    final = ("final states", 4 * act.boundary)
-    # With one micro-batch the gradients appear as the boundaries go; with more they are there from the first on.
-    gradients = own if whole else lora
-    last = kept.units * own if whole else lora
-    inner = max(act.recompute, act.backward)
-    if kept.checkpointing:
-        going = max(stack + gradients, act.boundary + last)
-        backward: tuple[tuple[str, int], ...] = (("boundaries", going - gradients), ("gradients", gradients), ("layer", inner))
-    else:
-        backward = (("activations", stack), ("gradients", last), ("layer", act.backward - act.saved))
+    trained = (*held, ("gradients", lora), ("optimizer", 2 * lora))
+    stack = ("boundaries", kept.units * act.boundary) if kept.checkpointing else ("activations", kept.units * act.stacked)
+    inner = max(act.recompute, act.backward) if kept.checkpointing else act.backward - act.saved
     moments = (
         Estimate("loading", (*held, ("reading", _reading(setting, READ)))),
-        Estimate("forward", (*trained, ("boundaries" if kept.checkpointing else "activations", stack), ("layer", act.forward))),
-        Estimate(
-            "loss",
-            (
-                *trained, ("boundaries" if kept.checkpointing else "activations", stack), ("gradients", 0 if whole else lora),
-                final, ("logits", _logits(n, shape.vocab)),
-            ),
-        ),
-        Estimate("backward", (*trained, *backward, ("final states", act.boundary))),
-    )  # fmt: skip
+        Estimate("forward", (*trained, stack, ("layer", act.forward))),
+        Estimate("loss", (*trained, stack, ("final states", 4 * act.boundary), ("logits", _logits(n, shape.vocab)))),
+        Estimate("backward", (*trained, stack, ("final states", act.boundary), ("layer", inner))),
+    )
     return max(moments, key=lambda moment: moment.peak)
 
 
@@ -224,20 +219,19 @@ def probe_peak(
     wide = max(module.d_out for module in shape.modules) * t * s
     weight = largest_weight(shape, setting)
     inner = micro * (2 * d + m + max(2 * m, (3 * wide if adapter_bytes else 0))) + weight
-    if shape.family == "gemma2":
+    if shape.family in EAGER:
         inner += 3 * micro * t * t * shape.heads * _FP32
-    held = (("residual streams", streams), ("Gram matrices", grams), ("overhead", setting.overhead))
+    kept = (("Gram matrices", grams), ("overhead", setting.overhead))
+    held = (("residual streams", streams), *kept)
     unit = ("unit", layer_bytes(shape, setting) + adapter_bytes)
-    counted = min(heldout_rows, passed) * d
+    final = ("final states", min(heldout_rows, passed) * d)
     head = HEAD_ROWS * shape.hidden * (s + (setting.stored if setting.stored != s else 0))
+    kernel = positions * (2 * shape.hidden + 3 * positions) * 8 if similarity else 0
     moments = (
         Estimate("probe: reading a unit", (*held, unit, ("reading", _reading(setting, min(READ, shape.largest))))),
         Estimate("probe: a unit's forward", (*held, unit, ("layer", inner))),
-        Estimate(
-            "probe: Gram matrix", (*held, ("kernel", positions * (2 * shape.hidden + 3 * positions) * 8 if similarity else 0))
-        ),
-        Estimate(
-            "probe: held-out loss", (*held, ("head", head), ("final states", counted), ("logits", _logits(1024, HEAD_ROWS)))
-        ),
+        Estimate("probe: Gram matrix", (*held, unit, ("kernel", kernel))),
+        Estimate("probe: response states", (*held, final)),
+        Estimate("probe: held-out loss", (*kept, ("head", head), final, ("logits", 2 * LOGITS // 3))),
     )
     return max(moments, key=lambda moment: moment.peak)

@@ -32,6 +32,8 @@ class Shape:
     """The linear modules of one layer."""
     vectors: int
     """Elements of one layer's norms and biases."""
+    window: int = 0
+    """Tokens that sliding-window layers look back on; 0 where there are none."""
 
     @cached_property
     def linear(self) -> int:
@@ -89,10 +91,11 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     biases = (
         (q + 2 * k if biased else 0) + (d if biased and family != "qwen2" else 0) + (2 * m + d if config.get("mlp_bias") else 0)
     )
+    sliding = config.get("sliding_window") if family != "qwen2" or config.get("use_sliding_window") else None
     return Shape(
         family, number("num_hidden_layers"), d, m, heads, kv, hd, number("vocab_size"),
         bool(config.get("tie_word_embeddings", family in _TIED)),
-        tuple(ModuleShape(name, out, into) for name, (out, into) in sorted(named.items())), norms + biases,
+        tuple(ModuleShape(name, out, into) for name, (out, into) in sorted(named.items())), norms + biases, sliding or 0,
     )  # fmt: skip
 
 

@@ -1,0 +1,297 @@
+"""The planner against the kernel: predicted and measured peaks of training and probing, each in a fresh process.
+
+    python benchmarks/planner.py [--dir .cache/random] [--results FILE] [--only TEXT] [--redo] [--seven]
+
+For each setting (model shape × budget × batch × quantization) the planner chooses from the config alone, the choice is
+run on random weights of that shape, and the peak above the warmed footprint is compared. The contract: never less than
+measured, and more by at most max(15 %, 48 MiB). Exit code 1 when it is broken. Results are kept as they come; a setting
+that is there already is not run again. `--seven` adds the LLaMA2-7B shape (about 6 GB of disk) and prints the 13B row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from random_weights import generate
+
+from common.codec import from_json, to_json
+from common.types import ProbeSpec, Quantization, Start, TrainSpec
+from fp_client.memory import MIB, Estimate, Setting
+from fp_client.planner import Plan, plan
+from fp_client.pool import worker_environment
+from fp_client.shapes import CONFIGS, shape_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ALL = (
+    "mlp.down_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "self_attn.k_proj",
+    "self_attn.o_proj",
+    "self_attn.q_proj",
+    "self_attn.v_proj",
+)
+ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
+REAL_LAYERS = {"tinyllama-1.1b": 16, "llama2-7b": 14}
+"""Layers that get real bytes; the training units are drawn from them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting. `budget` in MiB."""
+
+    shape: str
+    budget: int
+    batch: int
+    window: int
+    quantization: Quantization = Quantization.NONE
+    dtype: str = "float32"
+    rank: int = 16
+    targets: tuple[str, ...] = ALL
+    broadcast_rank: int = 0
+    start: Start = Start.FRESH
+    threads: int = 1
+    heldout: int = 8
+    probe: bool = True
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        extra = "".join(
+            f" {text}"
+            for text, shown in (
+                (f"r{self.rank}", self.rank != 16), ("attention", self.targets == ATTENTION), ("bf16", self.dtype != "float32"),
+                (f"ledger {self.broadcast_rank} {self.start}", self.broadcast_rank),
+                (f"{self.threads} threads", self.threads > 1),
+            )
+            if shown
+        )  # fmt: skip
+        return f"{self.shape} {self.quantization} {self.budget} MiB {self.batch}×{self.window}{extra}"
+
+    @property
+    def train_spec(self) -> TrainSpec:
+        """Two steps: the optimizer's state is there in the second."""
+        return TrainSpec(2, self.batch, self.window, 1e-4, self.rank, 2.0 * self.rank, self.targets, 0, start=self.start)
+
+    @property
+    def probe_spec(self) -> ProbeSpec:
+        """One batch of the same size."""
+        return ProbeSpec(batch_size=self.batch, sequence_length=self.window)
+
+    @property
+    def setting(self) -> Setting:
+        """Random weights are stored as bf16."""
+        return Setting(self.quantization, 2 if self.dtype == "bfloat16" else 4, 2, self.threads)
+
+    def plan(self) -> Plan:
+        """From the config alone."""
+        return plan(
+            CONFIGS[self.shape],
+            self.setting,
+            self.train_spec,
+            self.probe_spec,
+            self.broadcast_rank,
+            self.budget * MIB,
+            self.heldout,
+        )
+
+
+NF4 = Quantization.NF4
+CASES = (
+    Case("smollm2-135m", 300, 4, 128),
+    Case("smollm2-135m", 500, 4, 128),
+    Case("smollm2-135m", 260, 1, 512),
+    Case("smollm2-135m", 700, 8, 256),
+    Case("smollm2-135m", 300, 4, 128, broadcast_rank=48),
+    Case("smollm2-135m", 400, 4, 128, broadcast_rank=32, start=Start.GLOBAL),
+    Case("smollm2-135m", 300, 2, 256, rank=64, targets=ATTENTION),
+    Case("smollm2-135m", 500, 4, 256, threads=2),
+    Case("smollm2-135m", 250, 4, 128, NF4),
+    Case("smollm2-135m", 400, 2, 512, NF4),
+    Case("smollm2-135m", 300, 4, 128, dtype="bfloat16"),
+    Case("tinyllama-1.1b", 900, 1, 512),
+    Case("tinyllama-1.1b", 1600, 4, 128),
+    Case("tinyllama-1.1b", 600, 1, 512, NF4),
+    Case("tinyllama-1.1b", 800, 4, 256, NF4),
+    Case("tinyllama-1.1b", 800, 1, 1024, NF4),
+    Case("tinyllama-1.1b", 500, 1, 512, NF4, "bfloat16"),
+    Case("tinyllama-1.1b", 900, 2, 256, dtype="bfloat16"),
+)
+SEVEN = (Case("llama2-7b", 2861, 1, 512, NF4, probe=False), Case("llama2-7b", 2861, 1, 512, NF4, "bfloat16", probe=False))
+
+
+def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
+    """Run the plan in this process, which must be fresh; `kind` is ``train`` or ``probe``."""
+    import numpy as np
+    import torch
+
+    from common.checkpoint import Checkpoint
+    from common.types import LoraBlock, UnitId
+    from fp_client import measure
+    from fp_client.loader import UnitLoader
+    from fp_client.probe import probe
+    from fp_client.submodel import load_submodel
+    from fp_client.tasks import _collecting
+    from fp_client.train import train
+    from fp_client.warmup import warm_up
+
+    torch.set_num_threads(case.threads)
+    dtype = getattr(torch, case.dtype)
+    warm_up("cpu", dtype, case.quantization)
+    planned, shape = case.plan(), shape_of(CONFIGS[case.shape])
+    checkpoint = Checkpoint(directory / case.shape)
+    by_name = {module.name: module for module in shape.modules}
+
+    def blocks(layer: int) -> list[LoraBlock]:
+        generator, r = np.random.default_rng(layer), case.broadcast_rank
+        return [
+            LoraBlock(
+                layer, name,
+                generator.standard_normal((r, by_name[name].d_in), np.float32) * np.float32(0.01),
+                generator.standard_normal((by_name[name].d_out, r), np.float32) * np.float32(0.01),
+            )
+            for name in case.targets if r
+        ]  # fmt: skip
+
+    class Adapter(dict[int, list[LoraBlock]]):
+        def get(self, layer: int, default: Any = None) -> Any:
+            return blocks(layer)
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, shape.vocab, (case.batch, case.window), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    baseline = measure.footprint()
+    with measure.Peak("cpu", baseline) as peak:
+        loader = UnitLoader(checkpoint, "cpu", dtype, case.quantization, directory / "nf4", case.shape.ljust(64, "0"))
+        if kind == "train":
+            units = [UnitId(i) for i in range(planned.units)]
+            ledger = (block for unit in units for block in blocks(unit.layer))
+            submodel = load_submodel(loader, units, case.train_spec, ledger, planned.checkpointing)
+            train(submodel, [batch, batch], case.train_spec, planned.micro_batch)
+        else:
+            rows = planned.probe_rows
+            held = [{name: tensor[:1] for name, tensor in batch.items()}] * case.heldout
+            probe(
+                loader, batch, held, case.probe_spec, Adapter(), micro_rows=rows.micro_rows, pass_rows=rows.pass_rows,
+                progress=_collecting(lambda *_: None),
+            )  # fmt: skip
+    predicted = planned.train if kind == "train" else planned.probe
+    return {
+        "kind": kind, "case": to_json(case), "name": case.name, "units": planned.units,
+        "micro_batch": planned.micro_batch, "checkpointing": planned.checkpointing,
+        "rows": [planned.probe_rows.micro_rows, planned.probe_rows.pass_rows],
+        "moment": predicted.moment, "predicted": predicted.peak, "measured": peak.host, "warmed": baseline,
+        "breakdown": dict(predicted.rows),
+    }  # fmt: skip
+
+
+def in_fresh_process(case: Case, directory: Path, kind: str) -> dict[str, Any]:
+    """One measurement, with the malloc and thread settings of a worker."""
+    text = json.dumps({"case": to_json(case), "kind": kind})
+    done = subprocess.run(
+        [sys.executable, __file__, "--dir", str(directory), "--one", text],
+        env=worker_environment(case.threads), stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def refreshed(result: dict[str, Any] | None, case: Case) -> dict[str, Any] | None:
+    """An earlier measurement with today's prediction, or None when the planner would now choose otherwise."""
+    if result is None:
+        return None
+    planned = case.plan()
+    choice = [planned.units, planned.micro_batch, planned.checkpointing]
+    if result["kind"] == "probe":
+        choice = [planned.probe_rows.micro_rows, planned.probe_rows.pass_rows]
+    if choice != (
+        result["rows"] if result["kind"] == "probe" else [result[k] for k in ("units", "micro_batch", "checkpointing")]
+    ):
+        return None
+    predicted = planned.train if result["kind"] == "train" else planned.probe
+    return {**result, "predicted": predicted.peak, "moment": predicted.moment, "breakdown": dict(predicted.rows)}
+
+
+def holds(predicted: int, measured: int) -> bool:
+    """The contract."""
+    return measured <= predicted <= measured + max(0.15 * measured, 48 * MIB)
+
+
+def show(result: dict[str, Any]) -> str:
+    """One line of the table."""
+    predicted, measured = result["predicted"], result["measured"]
+    what = f"{result['units']:2} units, {'checkpointed' if result['checkpointing'] else 'kept'}, micro {result['micro_batch']}"
+    if result["kind"] == "probe":
+        what = f"probe, {result['rows'][0]} of {result['rows'][1]} rows"
+    verdict = "ok" if holds(predicted, measured) else "BROKEN"
+    return (
+        f"{result['name']:52} {what:32} {result['moment']:26} {predicted / MIB:8.1f} {measured / MIB:8.1f} "
+        f"{(predicted - measured) / MIB:+7.1f} {predicted / measured:6.3f}  {verdict}"
+    )
+
+
+def table(name: str, estimate: Estimate) -> str:
+    """A breakdown in one line."""
+    return (
+        f"{name}: " + ", ".join(f"{what} {size / MIB:.0f}" for what, size in estimate.rows) + f" = {estimate.peak / MIB:.0f} MiB"
+    )
+
+
+def seven_rows() -> None:
+    """What the planner says of the large shapes on a 3 GB device (paper: 12 layers of LLaMA2-7B)."""
+    for shape in ("llama2-7b", "llama2-13b"):
+        case = Case(shape, 2861, 1, 512, NF4)
+        planned = case.plan()
+        print(f"{shape}, NF4, 3 GB, 1×512: {planned.units} of {shape_of(CONFIGS[shape]).layers} layers; "
+              f"smallest budget {planned.smallest_budget / MIB:.0f} MiB")  # fmt: skip
+        print("   " + table(f"training ({planned.train.moment})", planned.train))
+        print("   " + table(planned.probe.moment, planned.probe))
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, default=ROOT / ".cache" / "random")
+    parser.add_argument("--results", type=Path, default=ROOT / ".cache" / "planner.jsonl")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--redo", action="store_true", help="forget earlier results")
+    parser.add_argument("--seven", action="store_true", help="the LLaMA2-7B shape too")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        task = json.loads(given.one)
+        print(json.dumps(measure_case(from_json(Case, task["case"]), given.dir, task["kind"])))
+        return 0
+    if given.redo:
+        given.results.unlink(missing_ok=True)
+    lines = given.results.read_text().splitlines() if given.results.exists() else []
+    known = {(r["name"], r["kind"]): r for r in map(json.loads, lines)}
+    broken = 0
+    print(f"{'setting':52} {'plan':32} {'worst moment':26} {'predicted':>8} {'measured':>8} {'over':>7} {'ratio':>6}   (MiB)")
+    seven_rows()
+    for case in (*CASES, *(SEVEN if given.seven else ())):
+        if given.only not in case.name:
+            continue
+        generate(case.shape, given.dir / case.shape, REAL_LAYERS.get(case.shape, 0))
+        for kind in ("train", "probe") if case.probe else ("train",):
+            result = refreshed(known.get((case.name, kind)), case)
+            if result is None:
+                result = in_fresh_process(case, given.dir, kind)
+                given.results.parent.mkdir(parents=True, exist_ok=True)
+                with given.results.open("a") as out:
+                    out.write(json.dumps(result) + "\n")
+            print(show(result), flush=True)
+            broken += not holds(result["predicted"], result["measured"])
+    print("the contract holds" if not broken else f"the contract is broken in {broken} settings")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
