@@ -8,7 +8,7 @@
 
 `whole` loads the model as transformers does and runs one forward: what the probe is compared with. `--shape` makes a
 checkpoint with RANDOM WEIGHTS in `--dir` (llama2-7b: about 13.5 GB on disk; `--layers N` keeps N layers of it). The
-measured run is a process of its own, with the malloc settings of a worker; the first probe or training of an NF4 model
+measured run is a process of its own, with the malloc and thread settings of a worker; the first probe or training of an NF4 model
 also quantizes, `--again` measures the next one in the same process.
 """
 
@@ -28,7 +28,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+# Passive waiting: with other processes on the cores, OpenMP threads that spin cost most of the time.
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_WAIT_POLICY": "PASSIVE",
+}  # fmt: skip
 LINEAR = (
     "mlp.down_proj",
     "mlp.gate_proj",
@@ -161,7 +164,7 @@ def main() -> None:
     arguments = [*sys.argv[1:], "--inside"]
     if given.shape:
         arguments += ["--model", str(shaped(given))]
-    process = subprocess.run([sys.executable, __file__, *arguments], env={**os.environ, **MALLOC}, check=False)
+    process = subprocess.run([sys.executable, __file__, *arguments], env={**os.environ, **ENVIRONMENT}, check=False)
     whole = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"process high-water mark: {whole:.0f} MiB", file=sys.stderr)
     sys.exit(process.returncode)

@@ -119,9 +119,7 @@ def initial(spec: TrainSpec, layer: int, module: str, d_out: int, d_in: int, bro
     return Initial(frozen, LoraBlock(layer, module, a, b))
 
 
-def inject(
-    layer: nn.Module, index: int, spec: TrainSpec, blocks: Sequence[LoraBlock], device: torch.device
-) -> list[nn.Parameter]:
+def inject(layer: nn.Module, spec: TrainSpec, blocks: Sequence[LoraBlock], device: torch.device) -> list[nn.Parameter]:
     """Put trainable LoRA on one materialised layer through peft, started from `blocks`; fp32 whatever the base is.
 
     Returns the parameters to train, as `spec.train` says: A, B or both; all others are frozen.

@@ -32,7 +32,8 @@ NORM_ROWS = 1024
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """`similarity` (U, U) and `in_out` (U,), empty when not asked for; `loss` over `tokens` held-out response tokens."""
+    """`similarity` (U, U) and `in_out` (U,), empty when not asked for; mean `loss` over `tokens` held-out response
+    tokens, NaN when there are none."""
 
     similarity: FloatArray
     in_out: FloatArray

@@ -134,4 +134,4 @@ def _adapt(
         if start.frozen is not None:
             frozen.append(start.frozen)
     attach_ledger(layer, index, frozen, device)
-    return inject(layer, index, spec, starts, device)
+    return inject(layer, spec, starts, device)

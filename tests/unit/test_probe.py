@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +124,15 @@ def test_refusals(tmp_path: Path) -> None:
     zeros = np.zeros((2, 7), np.float32)
     with pytest.raises(ProtocolError, match=r"layer 1 self_attn\.q_proj.* do not fit"):
         probe(loader, rows, [], ProbeSpec(), {0: [LoraBlock(0, "self_attn.q_proj", zeros, zeros.T)]})
+
+
+@pytest.mark.weights
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs the SmolLM2 weights: make model")
+def test_peak_above_the_warmed_worker_is_a_fraction_of_the_model() -> None:
+    command = [sys.executable, str(SMOLLM2.parents[2] / "benchmarks/memory_probe.py"), "probe", "--micro", "4", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
+    peak = json.loads(done.stdout)["peak_mib"] * 2**20
+    assert 0 < peak <= 0.45 * (SMOLLM2 / "model.safetensors").stat().st_size
 
 
 def smollm2_rows() -> dict[str, torch.Tensor]:
