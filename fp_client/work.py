@@ -61,6 +61,7 @@ class LocalWork:
         self.budget_bytes = budget_of(config, self.device)
         self.cache = cache_dir(config, directory)
         self._worker: Worker | None = None
+        self._plans: dict[RunSpec, Plan] = {}
 
     async def close(self) -> None:
         """End the worker process."""
@@ -87,7 +88,7 @@ class LocalWork:
 
     async def plan(self, spec: RunSpec) -> PlanReport:
         """Data counted with the tokenizer, and what the budget holds. Raises BudgetError with the smallest that would do."""
-        planned = await asyncio.to_thread(self._planned, spec)
+        planned = self._plans[spec] = await asyncio.to_thread(self._planned, spec)
         worker = await self.worker(spec)
         window = max(spec.train.sequence_length, spec.probe.sequence_length)
         check = await worker.run("check", CheckArgs(window), CheckResult)
@@ -109,15 +110,21 @@ class LocalWork:
 
     async def probe(self, spec: RunSpec, task: ProbeTask, adapter: tuple[AdapterFile, ...], progress: OnProgress) -> ProbeReport:
         """Run the probe in the worker."""
-        worker = await self.worker(spec)
-        return await worker.run("probe", ProbeArgs(task, adapter), ProbeReport, progress)
+        worker, planned = await self.worker(spec), await self._remembered(spec)
+        return await worker.run("probe", ProbeArgs(task, adapter), ProbeReport, progress, planned.probe.peak)
 
     async def train(
         self, spec: RunSpec, task: Assignment, adapter: tuple[AdapterFile, ...], out: Path, progress: OnProgress
     ) -> TrainResult:
         """Train in the worker; the update is written to `out`."""
-        worker = await self.worker(spec)
-        return await worker.run("train", TrainArgs(task, adapter, str(out)), TrainResult, progress)
+        worker, planned = await self.worker(spec), await self._remembered(spec)
+        return await worker.run("train", TrainArgs(task, adapter, str(out)), TrainResult, progress, planned.train.peak)
+
+    async def _remembered(self, spec: RunSpec) -> Plan:
+        """The run's plan; made again after a restart."""
+        if spec not in self._plans:
+            self._plans[spec] = await asyncio.to_thread(self._planned, spec)
+        return self._plans[spec]
 
     async def worker(self, spec: RunSpec) -> Worker:
         """The warm worker for a run's model; another model's is ended first."""

@@ -1,0 +1,165 @@
+"""A whole device but for the server: real mTLS, real worker process, a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+from fake_server import serving
+
+from common.blocks import read_blocks
+from common.checkpoint import Checkpoint
+from common.errors import BudgetError, ConfigError, DataError, ModelError
+from common.pb import session_pb2
+from common.tensorfile import TensorFile
+from common.transport import serde, wire
+from common.types import Assignment, Part, ProbeSpec, ProbeTask, RunSpec, TaskKey, TrainSpec, UnitId
+from fp_client.agent import Agent
+from fp_client.cache import ObjectCache
+from fp_client.config import load_config
+from fp_client.policy import Policy
+from fp_client.rpc import Connection
+from fp_client.rpc_objects import Transfer
+from fp_client.state import Outbox, Runs
+from fp_client.work import LocalWork
+from tests.unit import device
+
+KEY = TaskKey("r", 0, 0)
+TARGETS = ("mlp.down_proj", "self_attn.q_proj")
+TRAIN = TrainSpec(2, 2, 256, 1e-3, 4, 8.0, TARGETS, 11)
+PROBE = ProbeSpec(positions=32, batch_size=2, sequence_length=256)
+QUICK = wire.Backoff(first=0.01, longest=0.05, attempts=4)
+
+
+def spec_of(directory, **changes) -> RunSpec:
+    checkpoint = Checkpoint(directory / "model")
+    fingerprint = checkpoint.fingerprint()
+    checkpoint.close()
+    return RunSpec(**{**dict(
+        run="r", model="tiny", fingerprint=fingerprint, method="fedpruner", part=Part.LAYER, train=TRAIN, probe=PROBE,
+        broadcast_rank=8, rounds=1,
+    ), **changes})  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path):
+    device.model(tmp_path).rename(tmp_path / "model")
+    device.data(tmp_path / "data.jsonl")
+    (tmp_path / "client.toml").write_text(
+        'device = "cpu"\n[budget]\nhost = "1GiB"\n[models."tiny"]\nsource = "model"\n'
+        '[data]\nsource = "data.jsonl"\nheld_out = 0.1\n'
+    )
+    return tmp_path
+
+
+def work_of(home) -> LocalWork:
+    return LocalWork(load_config(home), home)
+
+
+def planned(home, spec):
+    async def main():
+        work = work_of(home)
+        try:
+            return await work.plan(spec)
+        finally:
+            await work.close()
+
+    return asyncio.run(main())
+
+
+def test_a_round_on_real_weights_survives_a_killed_worker(home):
+    async def main():
+        async with serving() as server:
+            server.ca.join(home)
+            connection, work = Connection(home, server.address, QUICK), work_of(home)
+            agent = Agent(
+                connection.open, Transfer(connection), work, Policy(), ObjectCache(home / "objects", 1 << 20),
+                Runs(home / "runs"), Outbox(home / "outbox"), QUICK,
+            )  # fmt: skip
+            running, hear, say = asyncio.create_task(agent.run()), server.sessions.next, server.sessions.tell.put
+            spec = spec_of(home)
+            await say(session_pb2.ServerMessage(plan=session_pb2.PlanRequest(spec=serde.run_spec_to_pb(spec))))
+            report = serde.plan_report_from_pb(await hear("plan"))
+            assert (report.refusal, report.samples, report.fingerprint) == ("", 36, spec.fingerprint)
+            capacity = report.capacities[0]
+            assert capacity.units == len(report.unit_bytes) and capacity.peak_bytes <= report.budget_bytes == 1 << 30
+
+            await say(session_pb2.ServerMessage(probe=serde.probe_task_to_pb(ProbeTask(KEY, PROBE, ()))))
+            found = serde.probe_report_from_pb(await hear("probe"))
+            assert found.similarity.shape == (capacity.units, capacity.units) and found.tokens > 0
+
+            units = (UnitId(1), UnitId(3))
+            task = Assignment(KEY, units, (units,), ((0.5, 0.5),), TRAIN, (), 1, True)
+            long = Assignment(KEY, units, (units,), ((0.5, 0.5),), replace(TRAIN, steps=1000), (), 1, True)
+            await say(session_pb2.ServerMessage(assignment=serde.assignment_to_pb(long)))
+            while (await hear("progress")).phase != "train":
+                pass
+            os.kill(work._worker.pid, signal.SIGKILL)
+            failed = await hear("failed")
+            assert failed.error == "WorkerError" and "out of memory" in failed.message
+
+            await say(session_pb2.ServerMessage(assignment=serde.assignment_to_pb(task)))
+            async with asyncio.timeout(60):
+                while not server.objects.accepted:  # noqa: ASYNC110  # the other side is a real worker
+                    await asyncio.sleep(0.05)
+            running.cancel()
+            await asyncio.wait([running])
+            await connection.close()
+            return next(iter(server.objects.accepted.values()))
+
+    update = asyncio.run(main())
+    (home / "update").write_bytes(update)
+    blocks = list(read_blocks(home / "update"))
+    assert [(b.layer, b.module) for b in blocks] == [(layer, module) for layer in (1, 3) for module in TARGETS]
+    with TensorFile(home / "update") as file:
+        assert {info.dtype for info in file.tensors.values()} == {"F32"}
+
+
+def test_a_budget_too_small_is_refused_before_a_worker_starts(home):
+    text = (home / "client.toml").read_text()
+    (home / "client.toml").write_text(text.replace("1GiB", "20MiB"))
+
+    async def main():
+        work = work_of(home)
+        with pytest.raises(BudgetError, match="smallest that would do") as caught:
+            await work.plan(spec_of(home))
+        assert work._worker is None
+        return caught.value.smallest
+
+    smallest = asyncio.run(main())
+    (home / "client.toml").write_text(text.replace("1GiB", str(smallest)))
+    assert planned(home, spec_of(home)).capacities[0].units >= 1
+
+
+def test_a_response_longer_than_the_window_is_named_or_dropped(home):
+    with (home / "data.jsonl").open("a") as file:
+        file.write('{"instruction": "Say it", "output": "' + "long " * 200 + '"}\n')
+    with pytest.raises(DataError, match=r"data\.jsonl:41: the response does not fit"):
+        planned(home, spec_of(home))
+    text = (home / "client.toml").read_text()
+    (home / "client.toml").write_text(text + 'on_long = "drop"\n')
+    assert planned(home, spec_of(home)).samples in (36, 37)
+
+
+def test_models_that_are_missing(home):
+    with pytest.raises(ConfigError, match=r"no model 'other' here \(has: tiny\)"):
+        planned(home, spec_of(home, model="other"))
+    next((home / "model").glob("*.safetensors")).unlink()
+    with pytest.raises(ModelError, match="shard is missing"):
+        spec = RunSpec("r", "tiny", "f" * 64, "fedpruner", Part.LAYER, TRAIN, PROBE, 8, 1)
+        planned(home, spec)
+
+
+def test_the_fingerprint_is_read_once(home):
+    async def main():
+        work, told = work_of(home), []
+        first = await work.fingerprint(spec_of(home), lambda *seen: told.append(seen))
+        assert told and first == spec_of(home).fingerprint
+        told.clear()
+        assert await work.fingerprint(spec_of(home), lambda *seen: told.append(seen)) == first
+        assert told == []
+
+    asyncio.run(main())
