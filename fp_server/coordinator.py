@@ -340,8 +340,7 @@ class Coordinator:
         if member is None or machine.current is None or machine.current.opened.key != r.key or member.probe is not None:
             return
         units = 0 if machine.current.opened.evaluate else machine.manifest.layers
-        if r.similarity.shape[0] != units:
-            text = f"the probe has {r.similarity.shape[0]} units, expected {units}"
+        if text := _probe_problem(r, units):
             await self._insist(e.DeviceDropped(machine.name, r.key, device, "ProtocolError", text))
             return
         await self._insist(
@@ -445,6 +444,20 @@ class Coordinator:
         current = self.active.current if self.active is not None else None
         if current is not None:
             await self.reject(name, current.opened.key, error)
+
+
+def _probe_problem(r: ProbeReport, units: int) -> str:
+    if r.similarity.shape[0] != units:
+        return f"the probe has {r.similarity.shape[0]} units, expected {units}"
+    if not units:
+        return ""
+    low = min(float(r.similarity.min()), float(r.in_out.min()))
+    high = max(float(r.similarity.max()), float(r.in_out.max()))
+    if low < -0.01 or high > 1.01:
+        return f"the probe's similarities lie between {low:.4g} and {high:.4g}; CKA lies between 0 and 1"
+    if float(abs(r.similarity - r.similarity.T).max()) > 0.01:
+        return "the probe's similarity matrix is not symmetric"
+    return ""
 
 
 def _plan_problem(report: PlanReport, manifest: ModelManifest) -> str:

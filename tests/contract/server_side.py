@@ -353,8 +353,13 @@ class Device:
                         case "probe":
                             task = serde.probe_task_from_pb(message.probe)
                             report = probe_report(task, self.name, self.manifest.layers)
-                            for item in task.adapter:
-                                assert digest_of(await fetch(channel, item.ref.digest)) == item.ref.digest
+                            try:
+                                for item in task.adapter:
+                                    assert digest_of(await fetch(channel, item.ref.digest)) == item.ref.digest
+                            except grpc.aio.AioRpcError as error:
+                                if error_name(error) != "NotFound":
+                                    raise
+                                continue  # the round was closed meanwhile: its cancel is on the way
                             await call.write(session_pb2.DeviceMessage(probe=serde.probe_report_to_pb(report)))
                             await self._hook("probed" if task.similarity else "evaluated")
                         case "assignment":

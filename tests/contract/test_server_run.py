@@ -29,7 +29,7 @@ def one_run(directory: Path, start: str) -> tuple[dict, dict[int, str], list[Dev
 
 @pytest.mark.parametrize("start", ["fresh", "global"])
 def test_two_rounds_run_to_the_end_and_twice_to_the_same_bytes(tmp_path, start):
-    status, ledger, devices, server = one_run(tmp_path / "a", start)
+    status, ledger, _, server = one_run(tmp_path / "a", start)
     assert status["state"] == "finished" and status["rounds_done"] == 2 and status["problem"] == ""
     assert [(r["round"], r["evaluation"], r["committed"]) for r in status["history"]] == [
         (1, False, True), (2, False, True), (3, True, False),

@@ -1,0 +1,357 @@
+"""Who may do what: certificates, roles, digests, schemas, sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from datetime import timedelta
+
+import grpc
+import grpc.aio
+import pytest
+from cryptography import x509
+from fake_ca import FakeCa
+from server_side import (
+    Device,
+    Server,
+    error_name,
+    fetch,
+    hello,
+    plan_report,
+    read,
+    run_toml,
+    whole_run,
+)
+
+from common.pb import admin_pb2, admin_pb2_grpc, objects_pb2, objects_pb2_grpc, session_pb2, session_pb2_grpc
+from common.transport import serde, tls
+from common.types import TaskKey
+from fp_server.identity import Authority
+from fp_server.log import Database
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory):
+    """One server for the tests that start no run."""
+    server = Server(tmp_path_factory.mktemp("idle") / "server", ("alice", "bob", "carol"))
+    server.identity("boss", "operator")
+    server.start()
+    yield server
+    assert server.stop() == 0
+    assert "Traceback" not in server.log()
+
+
+async def refused(awaitable) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await awaitable
+    return caught.value
+
+
+async def first_answer(channel, *messages):
+    call = session_pb2_grpc.SessionsStub(channel).Open(timeout=10)
+    for message in messages:
+        await call.write(message)
+    await call.done_writing()
+    return await read(call)
+
+
+def test_no_certificate(idle):
+    async def body():
+        ca = (idle.directory / "ca.pem").read_bytes()
+        async with grpc.aio.secure_channel(idle.address, grpc.ssl_channel_credentials(ca)) as channel:
+            error = await refused(admin_pb2_grpc.AdminStub(channel).ListRuns(admin_pb2.ListRunsRequest(), timeout=10))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            error = await refused(first_answer(channel, hello()))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await idle.status())["state"] == "idle"
+
+    asyncio.run(body())
+
+
+def test_a_certificate_of_a_rogue_ca(idle, tmp_path):
+    async def body():
+        rogue = FakeCa.make()
+        rogue.join(tmp_path, "alice")
+        (tmp_path / "ca.pem").write_bytes((idle.directory / "ca.pem").read_bytes())
+        credentials = tls.client_credentials(tmp_path)
+        async with grpc.aio.secure_channel(idle.address, credentials) as channel:
+            error = await refused(first_answer(channel, hello()))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await idle.status())["connected"] == []
+
+    asyncio.run(body())
+
+
+def test_an_expired_certificate(idle, tmp_path):
+    """Signed by the right CA, five days ago, for a day."""
+    ca = x509.load_pem_x509_certificate((idle.directory / "ca.pem").read_bytes())
+    FakeCa(tls.load_key(idle.directory / "ca.key"), ca).join(tmp_path, "alice", valid=(timedelta(days=-5), timedelta(days=-4)))
+    parts = [(tmp_path / name).read_bytes() for name in ("ca.pem", "device.key", "device.pem")]
+    assert parts[0] == (idle.directory / "ca.pem").read_bytes()
+
+    async def body():
+        async with grpc.aio.secure_channel(idle.address, grpc.ssl_channel_credentials(*parts)) as channel:
+            error = await refused(first_answer(channel, hello()))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await idle.status())["connected"] == []
+
+    asyncio.run(body())
+
+
+def test_roles_are_kept_apart(idle):
+    async def body():
+        async with idle.channel("alice") as channel:
+            admin = admin_pb2_grpc.AdminStub(channel)
+            calls = [
+                admin.ListRuns(admin_pb2.ListRunsRequest(), timeout=10),
+                admin.GetStatus(admin_pb2.StatusRequest(), timeout=10),
+                admin.CreateToken(admin_pb2.CreateTokenRequest(name="mallory", ttl_seconds=60), timeout=10),
+                admin.Revoke(admin_pb2.RevokeRequest(name="bob"), timeout=10),
+                admin.StartRun(admin_pb2.StartRunRequest(), timeout=10),
+                admin.ControlRun(admin_pb2.ControlRunRequest(action="stop"), timeout=10),
+                admin.WatchStatus(admin_pb2.StatusRequest(), timeout=10).read(),
+            ]
+            for call in calls:
+                error = await refused(call)
+                assert (error_name(error), error.code()) == ("IdentityError", grpc.StatusCode.PERMISSION_DENIED)
+                assert "'alice' is a device; this needs the role operator" in error.details()
+        async with idle.channel("boss") as channel:
+            error = await refused(first_answer(channel, hello()))
+            assert error_name(error) == "IdentityError" and "'boss' is a operator" in error.details()
+            error = await refused(fetch(channel, "0" * 64))
+            assert error_name(error) == "IdentityError"
+
+    asyncio.run(body())
+
+
+def test_another_schema_is_refused_saying_both(idle):
+    async def body():
+        async with idle.channel("alice") as channel:
+            error = await refused(first_answer(channel, hello("f" * 64)))
+            assert (error_name(error), error.code()) == ("ProtocolError", grpc.StatusCode.FAILED_PRECONDITION)
+            assert "f" * 16 in error.details() and serde.schema()[:16] in error.details() and "version test" in error.details()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([session_pb2.DeviceMessage()], "must begin with Hello"),
+        ([session_pb2.DeviceMessage(failed=session_pb2.TaskFailed())], "must begin with Hello"),
+        ([], "must begin with Hello"),
+        ([hello(), hello()], "unexpected message hello"),
+        ([hello(), session_pb2.DeviceMessage()], "unexpected message (empty)"),
+        ([hello(), session_pb2.DeviceMessage(progress=session_pb2.Progress())], "key.run: '' is not a name"),
+        (
+            [hello(), session_pb2.DeviceMessage(probe=session_pb2.ProbeReport(units=3, similarity=[1.0]))],
+            "probe.similarity: 1 values",
+        ),
+    ],
+)
+def test_what_has_no_place_in_a_session_ends_it_with_a_reason(idle, messages, said):
+    async def body():
+        async with idle.channel("bob") as channel:
+            call = session_pb2_grpc.SessionsStub(channel).Open(timeout=10)
+            for message in messages:
+                await call.write(message)
+            await call.done_writing()
+
+            async def to_the_end():
+                while True:
+                    await read(call)
+
+            error = await refused(to_the_end())
+            assert error_name(error) == "ProtocolError" and said in error.details()
+        await idle.until(lambda s: "bob" not in s["connected"])
+
+    asyncio.run(body())
+
+
+def test_an_oversize_message_ends_the_session_and_nothing_else(idle):
+    async def body():
+        async with idle.channel("carol") as channel, idle.channel("alice") as other:
+            calm = session_pb2_grpc.SessionsStub(other).Open(timeout=20)
+            await calm.write(hello())
+            await read(calm)
+            call = session_pb2_grpc.SessionsStub(channel).Open(timeout=20)
+            await call.write(hello())
+            await read(call)
+            report = session_pb2.PlanReport(run="toy-run", refusal="x" * (5 << 20))
+
+            async def flood():
+                await call.write(session_pb2.DeviceMessage(plan=report))
+                await read(call)
+
+            error = await refused(flood())
+            assert error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL)
+            seen = await idle.until(lambda s: "carol" not in s["connected"])
+            assert "alice" in seen["connected"]
+            calm.cancel()
+
+    asyncio.run(body())
+
+
+def test_a_second_session_of_the_same_device_ends_the_first(idle):
+    async def body():
+        async with idle.channel("alice") as one, idle.channel("alice") as two:
+            first = session_pb2_grpc.SessionsStub(one).Open(timeout=20)
+            await first.write(hello())
+            await read(first)
+            second = session_pb2_grpc.SessionsStub(two).Open(timeout=20)
+            await second.write(hello())
+            await read(second)
+            error = await refused(read(first))
+            assert error_name(error) == "InUseError" and "another session of 'alice'" in error.details()
+            assert (await idle.status())["connected"] == ["alice"]
+            second.cancel()
+        await idle.until(lambda s: s["connected"] == [])
+
+    asyncio.run(body())
+
+
+def test_nothing_can_be_fetched_without_a_task(idle):
+    async def body():
+        async with idle.channel("alice") as channel:
+            for digest in ("0" * 64, "", "../../server.key", "ab"):
+                error = await refused(fetch(channel, digest))
+                assert (error_name(error), error.code()) == ("NotFound", grpc.StatusCode.NOT_FOUND)
+            request = objects_pb2.OffsetRequest(key=serde.key_to_pb(TaskKey("none", 0, 0)))
+            request.ref.digest = "0" * 64
+            error = await refused(objects_pb2_grpc.ObjectsStub(channel).Offset(request, timeout=10))
+            assert error_name(error) == "NotFound" and "'none' is not active" in error.details()
+
+    asyncio.run(body())
+
+
+def test_only_the_digests_of_the_own_task_can_be_fetched(server):
+    """In round 2 alice may fetch what her task names, and not a ledger, an update or an offset beyond the end."""
+    checked = []
+
+    async def make(assignment, device):
+        if assignment.key.round == 0:
+            return device.honest(assignment)
+        mine = {o.ref.digest for o in assignment.adapter}
+        store = {p.name for p in (server.directory / "objects").glob("*/*")}
+        assert mine <= store and store - mine
+        async with server.channel("alice") as channel:
+            for digest in sorted(store - mine):
+                error = await refused(fetch(channel, digest))
+                assert error_name(error) == "NotFound" and "not part of this device's current task" in error.details()
+            for item in assignment.adapter:
+                whole = await fetch(channel, item.ref.digest)
+                assert len(whole) == item.ref.size
+                assert await fetch(channel, item.ref.digest, 10) == whole[10:]
+                assert await fetch(channel, item.ref.digest, item.ref.size) == b""
+                error = await refused(fetch(channel, item.ref.digest, 1 << 63))
+                assert error_name(error) == "ProtocolError" and "there is no byte" in error.details()
+        checked.append(len(mine))
+        return device.honest(assignment)
+
+    status = asyncio.run(whole_run(server, [Device(server, "alice", make=make), Device(server, "bob")], run_toml()))
+    assert checked and checked[0] > 0 and status["state"] == "finished"
+
+
+def test_other_base_weights_are_refused_saying_both_fingerprints(server):
+    async def body():
+        run = await server.begin(run_toml())
+        async with server.channel("alice") as channel:
+            call = session_pb2_grpc.SessionsStub(channel).Open(timeout=20)
+            await call.write(hello())
+            await read(call)
+            assert (await read(call)).WhichOneof("body") == "plan"
+            report = serde.plan_report_to_pb(plan_report(run))
+            report.fingerprint = "cd" * 32
+            await call.write(session_pb2.DeviceMessage(plan=report))
+            seen = await server.until(lambda s: s["devices"]["alice"]["samples"] is not None)
+            alice = seen["devices"]["alice"]
+            assert "cdcdcdcdcdcdcdcd" in alice["refusal"] and "abababababababab" in alice["refusal"] and alice["units"] == 0
+            report = serde.plan_report_to_pb(plan_report(run))
+            del report.unit_bytes[2:]
+            await call.write(session_pb2.DeviceMessage(plan=report))
+            await server.until(lambda s: s["devices"]["alice"]["refusal"] == "the plan has 2 units, the model 6 layers")
+            report = serde.plan_report_to_pb(plan_report(run, units=7))
+            await call.write(session_pb2.DeviceMessage(plan=report))
+            await server.until(lambda s: "capacity of more units" in s["devices"]["alice"]["refusal"])
+            call.cancel()
+
+    asyncio.run(body())
+
+
+def test_a_probe_that_is_not_the_models_costs_the_round_and_not_the_session(server):
+    """Wrong size first; in the next round values no similarity has."""
+
+    async def body():
+        run = await server.begin(run_toml(min_devices=1, devices_per_round=1.0))
+        async with server.channel("alice") as channel:
+            call = session_pb2_grpc.SessionsStub(channel).Open(timeout=30)
+            await call.write(hello())
+            await read(call)
+            await read(call)
+            await call.write(session_pb2.DeviceMessage(plan=serde.plan_report_to_pb(plan_report(run))))
+            probe = (await read(call)).probe
+            bad = session_pb2.ProbeReport(key=probe.key, units=1, similarity=[1.0], in_out=[0.5], loss=1.0, tokens=1)
+            await call.write(session_pb2.DeviceMessage(probe=bad))
+            cancel = (await read(call)).cancel
+            assert cancel.reason == "the probe has 1 units, expected 6"
+            probe = (await read(call)).probe
+            assert probe.key.attempt == 1
+            bad = session_pb2.ProbeReport(key=probe.key, units=6, similarity=[-5.0] * 36, in_out=[9.0] * 6, loss=1.0, tokens=1)
+            await call.write(session_pb2.DeviceMessage(probe=bad))
+            cancel = (await read(call)).cancel
+            assert cancel.key == probe.key and cancel.reason
+            seen = await server.until(lambda s: s["state"] == "paused")
+            assert seen["paused"] == "round 1 failed 2 times; see the devices' errors, then resume"
+            call.cancel()
+
+    asyncio.run(body())
+    assert server.process.poll() is None
+
+
+def test_revoking_in_mid_session_ends_it_and_the_round_goes_on(server):
+    async def body():
+        alice, bob = Device(server, "alice"), Device(server, "bob")
+
+        async def revoke():
+            async with server.admin() as admin:
+                assert (await admin.Revoke(admin_pb2.RevokeRequest(name="bob"), timeout=10)).count == 1
+
+        bob.hooks["probed"] = revoke
+        run = await server.begin(run_toml(rounds=1, final_evaluation=False))
+        async with asyncio.timeout(30):
+            results = await asyncio.gather(alice.live(), bob.live(), return_exceptions=True)
+        assert results[0] is None
+        assert error_name(results[1]) == "IdentityError" and "certificate of 'bob' has been revoked" in results[1].details()
+        seen = await server.status(run)
+        assert seen["state"] == "finished" and seen["history"][0]["weights"] == {"alice": 40}
+        assert "revoked" in seen["history"][0]["devices"]["bob"]["message"]
+        async with server.channel("bob") as channel:
+            error = await refused(first_answer(channel, hello()))
+            assert error_name(error) == "IdentityError"
+
+    asyncio.run(body())
+
+
+def test_a_revoked_name_can_join_again_with_a_new_token(tmp_path):
+    server = Server(tmp_path / "server")
+    database = Database(server.directory / "log.sqlite")
+    try:
+        authority = Authority(server.directory, database)
+        assert asyncio.run(authority.revoke("alice")) == 1
+    finally:
+        database.close()
+    old = tmp_path / "old"
+    shutil.copytree(server.devices / "alice", old)
+    server.identity("alice")
+    server.start()
+
+    async def body():
+        async with server.channel("alice") as channel:
+            assert (await first_answer(channel, hello())).welcome.device == "alice"
+        async with grpc.aio.secure_channel(server.address, tls.client_credentials(old)) as channel:
+            assert error_name(await refused(first_answer(channel, hello()))) == "IdentityError"
+
+    try:
+        asyncio.run(body())
+    finally:
+        server.kill()
