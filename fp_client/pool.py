@@ -34,8 +34,12 @@ _LINE = 16 << 20
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """The environment a worker runs in: this process's, malloc and threads pinned."""
+    """The environment a worker runs in: this process's, malloc and threads pinned.
+
+    OpenMP threads wait asleep: spinning ones starve each other when devices share a machine's cores.
+    """
     pinned = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    pinned["OMP_WAIT_POLICY"] = "PASSIVE"
     return {**os.environ, **MALLOC, **pinned, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
