@@ -82,6 +82,7 @@ class Agent:
         self._said: Task | None = None
         self._last_probe: tuple[ProbeTask, ProbeReport] | None = None
         self._plans: dict[RunSpec, asyncio.Task[None]] = {}
+        self._reports: dict[str, tuple[RunSpec, PlanReport]] = {}
         self._one = asyncio.Lock()
         self._progress = ("", 0, 0)
 
@@ -129,7 +130,10 @@ class Agent:
 
     async def _handle(self, said: ServerSays) -> None:
         if isinstance(said, RunSpec):
-            if said not in self._plans:
+            known = self._reports.get(said.run)
+            if known is not None and known[0] == said:  # |D_n| and budget are fixed when the device joins the run
+                await self._tell(known[1])
+            elif said not in self._plans:
                 self._plans[said] = plan = asyncio.create_task(self._plan(said))
                 plan.add_done_callback(lambda _: self._plans.pop(said, None))
         elif isinstance(said, Cancel):
@@ -144,6 +148,7 @@ class Agent:
             if self._said is not None and self._said.key.run == said.run:
                 await self._drop()
             self._runs.forget(said.run)
+            self._reports.pop(said.run, None)
             self._outbox.drop(said.run)
         else:
             await self._begin(said)
@@ -181,6 +186,7 @@ class Agent:
                 report = await self._work.plan(spec)
             self._policy.check_samples(report.samples)
             await asyncio.to_thread(self._runs.remember, spec)
+            self._reports[spec.run] = (spec, report)
             log.info("run %s: can take part: %s", spec.run, ", ".join(f"{c.gradient} {c.units} units" for c in report.capacities))
         except FedPrunerError as error:
             report = self._refusal(spec, fingerprint, error)

@@ -175,6 +175,22 @@ def test_plan_probe_train_push(tmp_path):
     against(tmp_path, body)
 
 
+def test_a_plan_asked_again_is_answered_from_memory_even_while_a_task_runs(tmp_path):
+    async def body(server):
+        async with Device(server, tmp_path) as device:
+            first = await device.joins()
+            device.work.gate.clear()
+            await device.hears("probe", probe_task())
+            await device.until(lambda: "probe" in device.work.begun)
+            assert await device.joins() == first and device.work.begun.count("plan") == 1
+            await device.hears("plan", replace(SPEC, rounds=4))  # another question is another plan
+            device.work.gate.set()
+            await server.sessions.next("probe", skip=("progress", "plan"))
+            await device.until(lambda: device.work.begun.count("plan") == 2)
+
+    against(tmp_path, body)
+
+
 def test_progress_is_told_while_a_task_runs(tmp_path):
     async def body(server):
         async with Device(server, tmp_path) as device:
