@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,8 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 def say(text: str) -> None:
     """A command line, as typed."""
-    console.print(Text.assemble(("  $ ", "dim"), (text, "cyan")), soft_wrap=True)
+    lines = textwrap.wrap(text, console.width - 8, break_long_words=False, break_on_hyphens=False)
+    console.print(Text.assemble(("  $ ", "dim"), (" \\\n      ".join(lines), "cyan")), soft_wrap=True)
 
 
 def step(text: str) -> None:
@@ -224,10 +226,10 @@ def use(fleet: Fleet) -> None:
     step("6. The result: an ordinary PEFT adapter")
     said = fleet.command("fp-server", "export", "demo", "--out", str(ADAPTER), "--dir", str(SERVER))
     size = sum(file.stat().st_size for file in ADAPTER.iterdir())
-    console.print(f"  {said.strip()}, {size / 2**20:.1f} MiB", soft_wrap=True)
-    rows = open_rows(DataSource(str(HERE / "files" / "data.jsonl"), heldout_max=HELD_OUT))
-    held = split_rows(rows, DataSource(str(HERE / "files" / "data.jsonl"), heldout_max=HELD_OUT)).heldout
-    asked = rows.read(held[0])
+    console.print(f"  {' '.join(said.split())}; {size / 2**20:.1f} MiB")
+    data = DataSource(str(HERE / "text" / "data.jsonl"), heldout_max=HELD_OUT)
+    rows = open_rows(data)
+    asked = rows.read(split_rows(rows, data).heldout[0])
     say(f'python examples/answer.py {MODEL} {ADAPTER} "{asked.instruction}"')
     answers = json.loads(fleet.command("python", "examples/answer.py", str(MODEL), str(ADAPTER), asked.instruction, show=""))
     same = " (the same text)" if answers["with"] == answers["without"] else ""

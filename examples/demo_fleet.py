@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -73,7 +74,9 @@ class Fleet:
             if process.poll() is not None:
                 log = self.logs / f"{name}.log"
                 last = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-                raise DemoError(f"{name} ended (exit {process.returncode}) while it was needed; the end of {log}:\n{last}")
+                code = process.returncode
+                how = f"exit {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+                raise DemoError(f"{name} ended ({how}) while it was needed; the end of {log}:\n{last}")
 
     def wait_for(self, path: Path, what: str, seconds: float = 60.0) -> None:
         """Until a daemon has written a file. Raises DemoError when it takes too long, or a daemon ends."""
@@ -98,7 +101,8 @@ class Fleet:
                 lines.put(line)
             lines.put(None)
 
-        threading.Thread(target=read, daemon=True).start()
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
         try:
             while True:
                 self.check()
@@ -115,6 +119,9 @@ class Fleet:
         finally:
             process.kill()
             process.wait()
+            reader.join()
+            process.stdout.close()
+            process.stderr.close()
 
     def stop(self) -> None:
         """Stop every daemon: SIGTERM to the last started first, and after a grace period a kill, workers included."""

@@ -11,12 +11,16 @@ from rich.text import Text
 
 Status = Mapping[str, Any]
 
-STILL = 0.002
-"""A smaller change of the loss than this is called no change."""
+STILL = 0.01
+"""A smaller change of a loss than this is called no change: the held-out set is some 1,200 tokens."""
 DOING = {
     "": "waits", "fetch": "fetches", "probe": "probes the full model", "load": "loads its layers", "train": "trains",
     "push": "uploads",
 }  # fmt: skip
+
+
+BRIEF = {"starts", "begins", "gets its layers", DOING["fetch"], DOING["load"]}
+"""Moments too short for a line of their own."""
 
 
 def mib(count: float | None) -> str:
@@ -48,6 +52,8 @@ def losses(status: Status) -> dict[int, float]:
 def headline(status: Status) -> str:
     """Where the run stands."""
     current = status["current"]
+    if status["state"] == "finished":
+        return "finished"
     if current is None:
         return "waiting for all six devices" if not status["history"] else "between rounds"
     if current["evaluation"]:
@@ -73,7 +79,7 @@ def doing(status: Status, device: str) -> str:
         return f"dropped out: {member['message']}"
     progress = member.get("progress")
     if progress is None:
-        starting = {"probing": "starts its worker", "choosing": "gets its layers", "training": "loads its layers"}
+        starting = {"probing": "begins", "choosing": "gets its layers", "training": DOING["load"]}
         return starting.get(stage, stage)
     phase = str(progress["phase"])
     return DOING.get(phase, phase)
@@ -106,7 +112,7 @@ def live(status: Status | None, budgets: Mapping[str, str], elapsed: float) -> R
         )
     known = losses(status)
     curve = "  →  ".join(f"{loss:.4f}" for _, loss in sorted(known.items())) or "not measured yet"
-    head = Text.assemble((headline(status), "bold"), f"   {elapsed:.0f} s   full-model held-out loss: {curve}")
+    head = Text.assemble((headline(status), "bold"), f"   {elapsed:.0f} s\nfull-model held-out loss: {curve}")
     return Group(head, table)
 
 
@@ -122,8 +128,9 @@ class Lines:
         if status is None or status["run"] is None:
             return
         self._tell("", headline(status), elapsed)
-        for device in status["devices"]:
-            self._tell(device, doing(status, device), elapsed)
+        for device in status["devices"] if status["state"] != "finished" else ():
+            if (what := doing(status, device)) not in BRIEF:
+                self._tell(device, what, elapsed)
 
     def _tell(self, who: str, what: str, elapsed: float) -> None:
         if self._last.get(who) != what:
@@ -148,7 +155,7 @@ def report(status: Status) -> RenderableType:
         )  # fmt: skip
         parts += [title, _round(entry, status), Text("")]
     if trained:
-        parts += [_groups(trained[-1]), Text(""), _verdict(trained, known)]
+        parts += [_groups(trained[-1], status), Text(""), _verdict(trained, known)]
     return Group(*parts)
 
 
@@ -160,6 +167,10 @@ def _change(before: float | None, after: float | None) -> str:
     return "" if before is None or after is None else f" ({after - before:+.4f})"
 
 
+def _by_budget(entry: Mapping[str, Any], status: Status) -> list[tuple[str, Mapping[str, Any]]]:
+    return sorted(entry["devices"].items(), key=lambda item: (status["devices"][item[0]]["budget_bytes"] or 0, item[0]))
+
+
 def _round(entry: Mapping[str, Any], status: Status) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("device", min_width=8)
@@ -168,7 +179,7 @@ def _round(entry: Mapping[str, Any], status: Status) -> Table:
     for name in ("up", "budget", "predicted", "measured"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("submodel loss", no_wrap=True)
-    for device, member in entry["devices"].items():
+    for device, member in _by_budget(entry, status):
         if "update_bytes" not in member:
             table.add_row(device, "", Text(member.get("message", member["stage"]), style="red"), "", "", "", "", "")
             continue
@@ -181,11 +192,11 @@ def _round(entry: Mapping[str, Any], status: Status) -> Table:
     return table
 
 
-def _groups(entry: Mapping[str, Any]) -> RenderableType:
+def _groups(entry: Mapping[str, Any], status: Status) -> RenderableType:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(min_width=8)
     table.add_column()
-    for device, member in entry["devices"].items():
+    for device, member in _by_budget(entry, status):
         if "groups" in member:
             groups = sorted(member["groups"], key=lambda group: min(int(layer) for layer in group))
             table.add_row(device, "  │  ".join(ranges(group) for group in groups))
@@ -203,7 +214,8 @@ def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, float]) -> Te
     text = Text.assemble(("What the losses say. ", "bold"))
     down = "fell" if last < first - STILL else "rose" if last > first + STILL else "did not change"
     text.append(
-        f"Within a round the submodels' own training loss {down}: {first:.2f} → {last:.2f} on average, first step to last. "
+        f"Within a round the submodels' own training loss {down}: {first:.2f} → {last:.2f} on average, first step to last "
+        "(on different batches, so small differences are noise). "
     )
     ends = [known.get(0), known.get(trained[-1]["round"])]
     if ends[0] is None or ends[1] is None:

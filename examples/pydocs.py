@@ -80,7 +80,7 @@ def _rows(modules: tuple[str, ...], fits: Fits, seen: set[str]) -> Iterator[Row]
         except ImportError:  # a Python built without, say, ssl
             continue
         for name, function in sorted(_functions(module).items()):
-            instruction = f"What does the Python function `{module_name}.{name}{_signature(function)}` do?"
+            instruction = f"What does the Python function `{module_name}.{name}{_signature(function, '.' in name)}` do?"
             answer = _answer(inspect.getdoc(function) or "", instruction, fits)
             if answer is not None and answer not in seen:
                 seen.add(answer)
@@ -112,12 +112,14 @@ def _plain(member: Any) -> Any:
     return member.__func__ if isinstance(member, staticmethod | classmethod) else member
 
 
-def _signature(function: Any) -> str:
+def _signature(function: Any, method: bool) -> str:
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError, NameError):  # written in C, or with annotations that don't evaluate
         return ""
-    parameters = [p for index, p in enumerate(signature.parameters.values()) if not (index == 0 and p.name in ("self", "cls"))]
+    parameters = list(signature.parameters.values())
+    if method and parameters and parameters[0].name in ("self", "cls"):
+        del parameters[0]
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
     text = str(inspect.Signature(bare))
     # A default shown as <object at 0x7f…> differs from process to process.
