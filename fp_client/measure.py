@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import resource
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,19 @@ def resident() -> int:
 def data_size() -> int:
     """Private writable address space of this process, in bytes: what RLIMIT_DATA bounds."""
     return _status("VmData")
+
+
+def limit(above: int) -> None:
+    """From now on, an allocation that would take this process more than `above` bytes beyond what it has now fails.
+
+    The kernel counts private writable address space (RLIMIT_DATA), touched or not. Such an allocation then raises
+    MemoryError or torch's RuntimeError, instead of waking the machine's out-of-memory killer.
+    """
+    bound = data_size() + above
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        bound = min(bound, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
 
 
 def trim() -> None:

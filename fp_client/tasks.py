@@ -14,7 +14,7 @@ import torch
 from common.blocks import block_names, key, read_block, write_blocks
 from common.checkpoint import EMBEDDING_KEY, Checkpoint
 from common.codec import from_json
-from common.errors import ModelError, ProtocolError, WorkerError
+from common.errors import BudgetError, ModelError, ProtocolError, WorkerError
 from common.tensorfile import ITEMSIZE, TensorFile
 from common.types import LoraBlock, ProbeReport, UpdateMetrics
 from fp_client import batches as data
@@ -28,6 +28,9 @@ from fp_client.train import check_spec, train
 from fp_client.warmup import warm_up
 
 OnProgress = Callable[[str, int, int], None]
+
+SLACK = 128 << 20
+"""Address space a task may reserve above its budget: thread stacks and libraries loaded late are never touched whole."""
 
 
 class AdapterFiles(Mapping[int, Sequence[LoraBlock]]):
@@ -97,16 +100,19 @@ class Tasks:
         self.tokenizer = load_tokenizer(config.model)  # tens of megabytes: part of the warmed worker
         self._datasets: dict[int, data.Dataset] = {}
         warm_up(config.device, self.dtype, config.quantization)
-        self._cap()
         gc.collect()
         gc.freeze()  # what the libraries hold for good need not be searched at every collection
         self.warmed_bytes = measure.footprint()
+        self._cap()
 
     def _cap(self) -> None:
-        # The allocator's own bound: a task that would exceed the budget fails, and other processes keep their VRAM.
-        if self.config.device.startswith("cuda") and self.config.budget_bytes:
+        # A task that would exceed the budget fails and says so, before other processes have to pay for it.
+        budget = self.config.budget_bytes
+        if budget and self.config.device.startswith("cuda"):
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.config.budget_bytes / total))
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
+        elif budget:
+            measure.limit(budget + SLACK)
 
     def run(self, task: str, args: Any, progress: OnProgress) -> Any:
         """Do a task by name. Raises ProtocolError when there is no such task or the arguments don't fit it."""
@@ -155,7 +161,7 @@ class Tasks:
                 micro_rows=chosen.micro_rows, pass_rows=chosen.pass_rows, progress=_collecting(progress),
             )  # fmt: skip
         seconds = time.monotonic() - begin
-        return ProbeReport(args.task.key, found.similarity, found.in_out, found.loss, found.tokens, peak.bytes, seconds)
+        return ProbeReport(args.task.key, found.similarity, found.in_out, found.loss if found.tokens else 0.0, found.tokens, peak.bytes, seconds)
 
     def train(self, args: TrainArgs, progress: OnProgress) -> TrainResult:
         """Train the assigned submodel and write its update to `args.out`."""
@@ -167,6 +173,12 @@ class Tasks:
             kept = memory.Kept(len(assignment.units), assignment.micro_batch, assignment.checkpointing)
             held = {unit.layer for unit in assignment.units}
             predicted = memory.train_peak(shape_of(checkpoint.config), self._setting(checkpoint), spec, adapter.rank(held), kept)
+            if 0 < self.config.budget_bytes < predicted.peak:
+                raise BudgetError(
+                    f"the assignment of {len(held)} units needs {predicted.peak >> 20} MiB, the budget is "
+                    f"{self.config.budget_bytes >> 20} MiB; nothing was loaded",
+                    predicted.peak,
+                )
             blocks = (block for layer in adapter if layer in held for block in adapter[layer])
             submodel = load_submodel(self._loader(checkpoint), assignment.units, spec, blocks, assignment.checkpointing, progress)
             steps = data.train_batches(rows, spec, self.tokenizer)

@@ -150,6 +150,31 @@ def test_a_budget_the_probe_cannot_keep_is_refused(config: WorkerConfig) -> None
     assert caught.value.smallest > 1 << 20
 
 
+def test_an_assignment_larger_than_the_budget_is_refused_before_loading(config: WorkerConfig, tmp_path: Path) -> None:
+    args = TrainArgs(assignment(replace(SPEC, rank=1 << 16)), (), str(tmp_path / "out"))
+    with pytest.raises(BudgetError, match="nothing was loaded") as caught:
+        with_worker(replace(config, budget_bytes=100 << 20), lambda worker: worker.run("train", args, TrainResult))
+    assert caught.value.smallest > 100 << 20
+
+
+def test_an_allocation_beyond_the_cap_is_a_budget_error() -> None:
+    code = (
+        "import torch, json\n"
+        "from fp_client import measure, worker\n"
+        "measure.limit(64 << 20)\n"
+        "small = torch.zeros(8 << 20)\n"
+        "del small\n"
+        "try:\n"
+        "    torch.zeros(32 << 20)\n"
+        "except RuntimeError as error:\n"
+        "    print(json.dumps(worker.report(error)))\n"
+        "small = torch.zeros(8 << 20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=worker_environment(1))
+    reply = json.loads(done.stdout)
+    assert reply["error"] == "BudgetError" and "needs more memory than its budget" in reply["message"]
+
+
 def long_train(out: Path) -> TrainArgs:
     return TrainArgs(assignment(replace(SPEC, steps=100_000)), (), str(out))
 
