@@ -116,13 +116,13 @@ CASES = (
     Case("smollm2-135m", 250, 4, 128, NF4),
     Case("smollm2-135m", 400, 2, 512, NF4),
     Case("smollm2-135m", 300, 4, 128, dtype="bfloat16"),
-    Case("tinyllama-1.1b", 900, 1, 512),
-    Case("tinyllama-1.1b", 1600, 4, 128),
-    Case("tinyllama-1.1b", 600, 1, 512, NF4),
-    Case("tinyllama-1.1b", 800, 4, 256, NF4),
-    Case("tinyllama-1.1b", 800, 1, 1024, NF4),
-    Case("tinyllama-1.1b", 500, 1, 512, NF4, "bfloat16"),
-    Case("tinyllama-1.1b", 900, 2, 256, dtype="bfloat16"),
+    Case("tinyllama-1.1b", 900, 1, 512, heldout=2),
+    Case("tinyllama-1.1b", 1600, 4, 128, heldout=2),
+    Case("tinyllama-1.1b", 600, 1, 512, NF4, heldout=2),
+    Case("tinyllama-1.1b", 800, 4, 256, NF4, heldout=2),
+    Case("tinyllama-1.1b", 800, 1, 1024, NF4, heldout=2),
+    Case("tinyllama-1.1b", 500, 1, 512, NF4, "bfloat16", heldout=2),
+    Case("tinyllama-1.1b", 900, 2, 256, dtype="bfloat16", heldout=2),
 )
 SEVEN = (Case("llama2-7b", 2861, 1, 512, NF4, probe=False), Case("llama2-7b", 2861, 1, 512, NF4, "bfloat16", probe=False))
 
@@ -138,7 +138,7 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
     from fp_client.loader import UnitLoader
     from fp_client.probe import probe
     from fp_client.submodel import load_submodel
-    from fp_client.tasks import _collecting
+    from fp_client.tasks import collecting
     from fp_client.train import train
     from fp_client.warmup import warm_up
 
@@ -180,7 +180,7 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
             held = [{name: tensor[:1] for name, tensor in batch.items()}] * case.heldout
             probe(
                 loader, batch, held, case.probe_spec, Adapter(), micro_rows=rows.micro_rows, pass_rows=rows.pass_rows,
-                progress=_collecting(lambda *_: None),
+                progress=collecting(lambda *_: None),
             )  # fmt: skip
     predicted = planned.train if kind == "train" else planned.probe
     return {
@@ -205,7 +205,7 @@ def in_fresh_process(case: Case, directory: Path, kind: str) -> dict[str, Any]:
 
 def refreshed(result: dict[str, Any] | None, case: Case) -> dict[str, Any] | None:
     """An earlier measurement with today's prediction, or None when the planner would now choose otherwise."""
-    if result is None:
+    if result is None or result["case"] != to_json(case):
         return None
     planned = case.plan()
     choice = [planned.units, planned.micro_batch, planned.checkpointing]
@@ -276,11 +276,12 @@ def main() -> int:
     broken = 0
     print(f"{'setting':52} {'plan':32} {'worst moment':26} {'predicted':>8} {'measured':>8} {'over':>7} {'ratio':>6}   (MiB)")
     seven_rows()
-    for case in (*CASES, *(SEVEN if given.seven else ())):
-        if given.only not in case.name:
-            continue
-        generate(case.shape, given.dir / case.shape, REAL_LAYERS.get(case.shape, 0))
-        for kind in ("train", "probe") if case.probe else ("train",):
+    cases = [case for case in (*CASES, *(SEVEN if given.seven else ())) if given.only in case.name]
+    for kind in ("train", "probe"):
+        for case in cases:
+            if kind == "probe" and not case.probe:
+                continue
+            generate(case.shape, given.dir / case.shape, REAL_LAYERS.get(case.shape, 0))
             result = refreshed(known.get((case.name, kind)), case)
             if result is None:
                 result = in_fresh_process(case, given.dir, kind)

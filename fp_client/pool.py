@@ -91,7 +91,9 @@ class Worker:
                 await self._ensure()
                 reply = await self._exchange({"task": task, "args": to_json(args)}, task, on_progress, predicted)
                 return from_json(result, reply["result"])
-            except FedPrunerError:
+            except FedPrunerError as error:
+                if isinstance(error, WorkerError):  # unexpected: a CUDA fault, say, would spoil every later task
+                    await self._kill()
                 raise
             except BaseException:  # cancelled, or a reply that makes no sense: that process is of no more use
                 await self._kill()

@@ -64,7 +64,7 @@ class AdapterFiles(Mapping[int, Sequence[LoraBlock]]):
         return len(self._paths)
 
 
-def _collecting(progress: OnProgress) -> OnProgress:
+def collecting(progress: OnProgress) -> OnProgress:
     """Collects garbage after each unit: a 4-bit weight and its module refer to each other, so a dropped unit stays
     in memory until the collector runs."""
 
@@ -158,10 +158,12 @@ class Tasks:
             )  # fmt: skip
             found = probe(
                 self._loader(checkpoint), batch, held, spec, adapter, similarity=args.task.similarity,
-                micro_rows=chosen.micro_rows, pass_rows=chosen.pass_rows, progress=_collecting(progress),
+                micro_rows=chosen.micro_rows, pass_rows=chosen.pass_rows, progress=collecting(progress),
             )  # fmt: skip
         seconds = time.monotonic() - begin
-        return ProbeReport(args.task.key, found.similarity, found.in_out, found.loss if found.tokens else 0.0, found.tokens, peak.bytes, seconds)
+        return ProbeReport(
+            args.task.key, found.similarity, found.in_out, found.loss if found.tokens else 0.0, found.tokens, peak.bytes, seconds
+        )
 
     def train(self, args: TrainArgs, progress: OnProgress) -> TrainResult:
         """Train the assigned submodel and write its update to `args.out`."""

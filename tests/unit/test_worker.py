@@ -101,7 +101,7 @@ def test_nf4_is_quantized_once_and_kept(config: WorkerConfig, tmp_path: Path) ->
     assert len(list((tmp_path / "cache" / "nf4").rglob("layer-*.safetensors"))) == 2
 
 
-def test_errors_come_back_as_what_they_are_and_the_worker_lives(config: WorkerConfig, tmp_path: Path) -> None:
+def test_errors_come_back_as_what_they_are_and_only_unexpected_ones_end_the_process(config: WorkerConfig, tmp_path: Path) -> None:
     async def body(worker: Worker) -> None:
         with pytest.raises(DataError, match=r"data\.jsonl:\d+: the response does not fit the window"):
             await worker.run("check", CheckArgs(64), CheckResult)
@@ -115,9 +115,10 @@ def test_errors_come_back_as_what_they_are_and_the_worker_lives(config: WorkerCo
             await worker.run("dance", CheckArgs(1), CheckResult)
         with pytest.raises(ProtocolError, match="task 'probe': ProbeArgs: unknown key 'window'"):
             await worker.run("probe", CheckArgs(1), CheckResult)
+        assert worker.pid == pid is not None
         with pytest.raises(WorkerError, match="unexpected FileNotFoundError"):
             await worker.run("train", TrainArgs(assignment(), (), str(tmp_path / "no" / "out")), TrainResult)
-        assert worker.pid == pid is not None
+        assert worker.pid is None
         assert (await worker.run("check", CheckArgs(256), CheckResult)).samples == 38
 
     with_worker(config, body)
