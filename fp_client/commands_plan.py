@@ -56,17 +56,21 @@ def candidates(
 
 async def measure_idle(config: ClientConfig, directory: Path, model: str) -> tuple[int, int]:
     """(daemon, worker): bytes of main memory held idle, measured: this process with the daemon's imports, and a warmed worker."""
-    import fp_client.app  # noqa: F401  # the daemon's footprint is its imports
+    import grpc.aio
+
+    import fp_client.app  # noqa: F401  # the daemon's footprint: its imports, and gRPC's threads below
     from fp_client.commands_probe import local_spec
     from fp_client.measure import resident
     from fp_client.work import LocalWork
 
-    work = LocalWork(config, directory)
+    work, channel = LocalWork(config, directory), grpc.aio.insecure_channel("localhost:1")
     try:
+        channel.get_state(try_to_connect=True)
         ready = await (await work.worker(local_spec(model, ProbeSpec()))).start()
+        return resident(), ready.warmed_bytes
     finally:
         await work.close()
-    return resident(), ready.warmed_bytes
+        await channel.close()
 
 
 def plan(
