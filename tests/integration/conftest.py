@@ -15,8 +15,9 @@ REAL = Path(__file__).resolve().parents[2] / ".cache/models/SmolLM2-135M-Instruc
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random llama with a byte-level tokenizer."""
-    directory = tiny.make("llama", tmp_path_factory.mktemp("model"))
+    """A small random llama of 24 layers with a byte-level tokenizer; budgets of some 100 MB hold some of its layers."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24}
+    directory = tiny.make("llama", tmp_path_factory.mktemp("model"), **sizes)
     write_tokenizer(directory)
     return directory
 

@@ -159,7 +159,7 @@ class Federation:
             "run": f'name = "{name}"\nrounds = 2\nmin_devices = 2\ndevices_per_round = 1.0\nprogress_timeout_seconds = 120.0\n',
             "model": f'name = "{self.model_name}"\npath = "{self.model}"\n',
             "lora": "rank = 4\nalpha = 8.0\n",
-            "train": "steps = 2\nbatch_size = 4\nsequence_length = 64\nlearning_rate = 1e-3\nfinal_learning_rate = 1e-4\n",
+            "train": "steps = 2\nbatch_size = 4\nsequence_length = 224\nlearning_rate = 1e-3\nfinal_learning_rate = 1e-4\n",
             "probe": "positions = 64\nbatch_size = 4\n",
         }
         for section, lines in sections.items():

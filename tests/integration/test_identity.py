@@ -10,7 +10,7 @@ import pytest
 from tests.integration.federation import Federation, write_data
 
 Federate = Callable[..., Federation]
-DEVICES = {"alpha": "30MB", "beta": "400MB"}
+DEVICES = {"alpha": "115MB", "beta": "400MB"}
 ROUNDS = {"fresh": "", "global": 'start = "global"'}
 
 
