@@ -42,6 +42,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
     def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
         self._coordinator, self._authority = coordinator, authority
         self._pushing: dict[str, _Push] = {}
+        self._checking = asyncio.Semaphore(1)  # memory must not grow with the number of devices that push at once
 
     async def Fetch(self, request: objects_pb2.FetchRequest, context: Context) -> AsyncIterator[objects_pb2.Chunk]:  # noqa: N802
         """An object of the device's current task, from an offset on."""
@@ -118,7 +119,8 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         path = await asyncio.to_thread(arrival.finish)
         try:
             norm = machine.config.limits.max_update_norm
-            await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm)
+            async with self._checking:
+                await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm)
         except FedPrunerError as error:
             arrival.discard()
             await self._coordinator.reject(device, ready.key, error)

@@ -1,0 +1,215 @@
+"""The object store: content-addressed, durable, resumable; and what is left after the power goes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from common.errors import DigestError, NotFound, StorageError
+from common.types import ObjectRef
+from fp_server import objects
+from fp_server.objects import ObjectStore
+
+
+def ref_of(data: bytes) -> ObjectRef:
+    return ObjectRef(hashlib.sha256(data).hexdigest(), len(data))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ObjectStore(tmp_path)
+
+
+def made(store, data: bytes, name: str = "x") -> Path:
+    path = store.scratch / name
+    path.write_bytes(data)
+    return path
+
+
+def arrive(store, data: bytes, device: str = "alice"):
+    arrival = store.arrival(device, ref_of(data))
+    arrival.open()
+    return arrival
+
+
+def test_adopting_moves_a_file_to_its_digest(store):
+    path = made(store, b"abc")
+    ref = store.adopt(path)
+    assert ref == ref_of(b"abc") and not path.exists() and store.has(ref.digest)
+    assert store.path(ref.digest).read_bytes() == b"abc" and store.path(ref.digest).stat().st_mode & 0o777 == 0o444
+    assert store.adopt(made(store, b"abc", "y")) == ref and not (store.scratch / "y").exists()
+    assert b"".join(store.chunks(ref.digest, 1, 1)) == b"bc" and list(store.chunks(ref.digest, 3, 10)) == []
+    with pytest.raises(NotFound, match="0000000000000000"):
+        store.path("0" * 64)
+
+
+def test_scratch_is_cleared_and_arrivals_are_kept(store):
+    made(store, b"left")
+    arrival = arrive(store, b"abc")
+    arrival.write(b"ab")
+    arrival.close()
+    store.clear_scratch()
+    assert list(store.scratch.iterdir()) == [] and arrival.offset == 2
+    store.discard_arrivals("alice")
+    assert arrival.offset == 0
+
+
+def test_an_arrival_goes_on_where_it_stopped_also_in_another_process(store, tmp_path):
+    arrival = arrive(store, b"abcdef")
+    arrival.write(b"abc")
+    assert arrival.offset == 3, "what was written is in the file: a kill of the process loses none of it"
+    again = ObjectStore(tmp_path).arrival("alice", ref_of(b"abcdef"))
+    assert again.open() == 3
+    again.write(b"def")
+    again.finish()
+    assert again.adopt() == ref_of(b"abcdef") and store.has(ref_of(b"abcdef").digest)
+    arrival.close()
+
+
+def test_another_object_of_the_device_takes_the_first_ones_place(store):
+    first = arrive(store, b"abc")
+    first.write(b"ab")
+    first.close()
+    other = arrive(store, b"abc", "bob")
+    other.close()
+    arrive(store, b"xyz").close()
+    assert first.offset == 0 and other.path.exists()
+
+
+def test_truncated_keeps_wrong_drops_and_more_than_announced_is_refused(store):
+    arrival = arrive(store, b"abcdef")
+    arrival.write(b"abc")
+    with pytest.raises(DigestError, match="ended at byte 3 of 6; go on from there"):
+        arrival.finish()
+    assert arrival.open() == 3
+    with pytest.raises(DigestError, match="more than the 6 bytes"):
+        arrival.write(b"defg")
+    arrival.write(b"dex")
+    with pytest.raises(DigestError, match="do not have the digest"):
+        arrival.finish()
+    assert arrival.offset == 0 and not store.has(ref_of(b"abcdef").digest)
+
+
+def test_a_file_longer_than_announced_begins_anew(store):
+    arrival = store.arrival("alice", ref_of(b"abc"))
+    arrival.path.write_bytes(b"abcdef")
+    assert arrival.open() == 0
+    arrival.close()
+
+
+class Full:
+    """A file on a disk with `room` bytes left."""
+
+    def __init__(self, file, room):
+        self._file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = min(self.room, len(data))
+        self.room -= taken
+        return self._file.write(data[:taken])
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def test_a_full_disk_keeps_what_came_and_the_push_goes_on_when_there_is_room(store):
+    data = b"abcdefgh"
+    arrival = arrive(store, data)
+    arrival._file = Full(arrival._file, 5)
+    with pytest.raises(StorageError, match="no space left"):
+        arrival.write(data)
+    arrival.close()
+    assert arrival.open() == 5
+    arrival.write(data[5:])
+    arrival.finish()
+    assert arrival.adopt() == ref_of(data)
+
+
+def test_a_full_disk_at_adoption_loses_nothing(store, monkeypatch):
+    path = made(store, b"abc")
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="no space left"):
+        store.adopt(path)
+    assert path.read_bytes() == b"abc" and not store.has(ref_of(b"abc").digest)
+    monkeypatch.undo()
+    assert store.adopt(path) == ref_of(b"abc")
+
+
+def test_a_full_disk_when_a_device_first_pushes(store, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(StorageError, match="no space left"):
+        store.arrival("carol", ref_of(b"abc"))
+
+
+class Disk:
+    """A storage fake that forgets what was not synced: contents by inode, names by directory."""
+
+    def __init__(self, root: Path, monkeypatch) -> None:
+        self.root, self.contents, self.names = root, {}, {}
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.fsync)
+        for directory in (root, *(p for p in root.rglob("*") if p.is_dir())):
+            self.names[directory.stat().st_ino] = {p.name: p.stat().st_ino for p in directory.iterdir()}
+
+    def fsync(self, fd: int) -> None:
+        self._fsync(fd)
+        info, place = os.fstat(fd), Path(f"/proc/self/fd/{fd}").readlink()
+        if stat.S_ISDIR(info.st_mode):
+            self.names[info.st_ino] = {p.name: p.stat().st_ino for p in place.iterdir()}
+        else:
+            self.contents[info.st_ino] = place.read_bytes()
+
+    def after_the_power_went(self) -> dict[str, bytes]:
+        """path -> content of every file that is still there."""
+        found: dict[str, bytes] = {}
+
+        def walk(inode: int, prefix: str) -> None:
+            for name, child in self.names.get(inode, {}).items():
+                if child in self.names:
+                    walk(child, f"{prefix}{name}/")
+                else:
+                    found[prefix + name] = self.contents.get(child, b"")
+
+        walk(self.root.stat().st_ino, "")
+        return found
+
+
+def test_what_adopt_returned_is_there_after_the_power_went(store, tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    first, second = store.adopt(made(store, b"abc")), store.adopt(made(store, b"abd"))
+    left = disk.after_the_power_went()
+    for ref, data in ((first, b"abc"), (second, b"abd")):
+        assert left[f"objects/{ref.digest[:2]}/{ref.digest}"] == data
+
+
+def test_an_object_whose_rename_was_not_synced_is_synced_by_who_finds_it(store, tmp_path, monkeypatch):
+    """The process was killed between rename and fsync; the next push of the same bytes must not trust what it sees."""
+    disk = Disk(tmp_path, monkeypatch)
+    with monkeypatch.context() as killed:
+        killed.setattr(objects, "sync_directory", lambda path: None)
+        ref = store.adopt(made(store, b"abc"))
+    objects.sync_directory(store._objects)
+    disk.names[(store._objects / ref.digest[:2]).stat().st_ino] = {}
+    assert f"objects/{ref.digest[:2]}/{ref.digest}" not in disk.after_the_power_went()
+    assert store.adopt(made(store, b"abc", "again")) == ref
+    assert disk.after_the_power_went()[f"objects/{ref.digest[:2]}/{ref.digest}"] == b"abc"
+
+
+def test_the_fake_disk_does_forget(store, tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    (tmp_path / "objects" / "loose").write_bytes(b"never synced")
+    assert disk.after_the_power_went() == {}
