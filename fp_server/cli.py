@@ -221,7 +221,7 @@ def export(
 
     with err.status(f"exporting to {out_dir}"):
         said = export_run(dir, run, out_dir, base, rank)
-    out.print(said, highlight=False)
+    out.print(said, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

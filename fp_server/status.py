@@ -28,9 +28,14 @@ def run_summary(machine: RunMachine) -> dict[str, Any]:
 
 
 def loss_curve(machine: RunMachine) -> list[tuple[int, float]]:
-    """(completed rounds, full-model held-out loss), weighted by the devices' held-out tokens."""
+    """(completed rounds, full-model held-out loss), weighted by the devices' held-out tokens.
+
+    A round counts once every drawn device has reported or dropped out: a mean over whoever came first would mislead.
+    """
     curve: dict[int, tuple[float, int]] = {}
-    rounds = [r for r, _ in machine.history] + ([machine.current] if machine.current is not None else [])
+    rounds = [r for r, _ in machine.history]
+    if machine.current is not None and all(m.probe is not None or m.settled for m in machine.current.members.values()):
+        rounds.append(machine.current)
     for a_round in rounds:
         for member in a_round.members.values():
             if member.probe is not None and member.probe.tokens > 0:
