@@ -212,10 +212,9 @@ def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, float]) -> Te
     first = sum(m["loss_first"] for m in members) / len(members)
     last = sum(m["loss_last"] for m in members) / len(members)
     text = Text.assemble(("What the losses say. ", "bold"))
-    down = "fell" if last < first - STILL else "rose" if last > first + STILL else "did not change"
     text.append(
-        f"Within a round the submodels' own training loss {down}: {first:.2f} → {last:.2f} on average, first step to last "
-        "(on different batches, so small differences are noise). "
+        f"Within a round the submodels' own training loss went from {first:.2f} at the first step to {last:.2f} at the last, on "
+        "average; each is one batch, so a few tenths are noise. "
     )
     ends = [known.get(0), known.get(trained[-1]["round"])]
     if ends[0] is None or ends[1] is None:
@@ -225,8 +224,8 @@ def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, float]) -> Te
     word = "improved" if change < -STILL else "got worse" if change > STILL else "hardly moved"
     text.append(f"The full model's held-out loss {word}: {ends[0]:.4f} → {ends[1]:.4f} ({change:+.4f}). ", style="bold")
     text.append(
-        "Only the full model's figure counts. This version trains by the plain submodel gradient, as the paper does, and "
-        "that gradient is nearly at right angles to the full model's: a falling submodel loss is no sign that the full "
-        "model learns."
+        "Only the full model's figure counts. This version trains by the plain submodel gradient, as the paper describes it; "
+        "on real weights that gradient says little about the full model's, and a falling submodel loss is no sign that the "
+        "full model learns."
     )
     return text

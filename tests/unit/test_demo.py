@@ -147,9 +147,9 @@ def test_the_report_has_every_figure_of_a_round_in_100_columns(view):
 @pytest.mark.parametrize(
     ("full", "first", "last", "words"),
     [
-        ([3.1, 3.2, 3.3, 3.4], 9.0, 8.0, ["loss fell: 9.00", "got worse: 3.1000 → 3.4000 (+0.3000)"]),
-        ([3.1, 3.1, 3.1, 3.0], 8.0, 9.0, ["loss rose: 8.00", "improved: 3.1000 → 3.0000 (-0.1000)"]),
-        ([3.1, 3.1, 3.1, 3.101], 8.0, 8.0, ["did not change", "hardly moved: 3.1000 → 3.1010"]),
+        ([3.1, 3.2, 3.3, 3.4], 9.0, 8.0, ["from 9.00 at the first step to 8.00", "got worse: 3.1000 → 3.4000 (+0.3000)"]),
+        ([3.1, 3.1, 3.1, 3.0], 8.0, 9.0, ["from 8.00 at the first step to 9.00", "improved: 3.1000 → 3.0000 (-0.1000)"]),
+        ([3.1, 3.1, 3.1, 3.101], 8.0, 8.0, ["from 8.00 at the first step to 8.00", "hardly moved: 3.1000 → 3.1010"]),
         ([3.1, 3.1, 3.1, None], 9.0, 8.0, ["not measured by every device"]),
     ],
 )
