@@ -1,0 +1,1 @@
+"""The device daemon: the only place that imports torch, transformers, peft and bitsandbytes."""
