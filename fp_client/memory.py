@@ -186,7 +186,7 @@ def train_peak(shape: Shape, setting: Setting, spec: TrainSpec, broadcast_rank: 
     stack = ("boundaries", kept.units * act.boundary) if kept.checkpointing else ("activations", kept.units * act.stacked)
     inner = max(act.recompute, act.backward) if kept.checkpointing else act.backward - act.saved
     moments = (
-        Estimate("loading", (*held, ("reading", _reading(setting, READ)))),
+        Estimate("loading", (*held, ("reading", _reading(shape, setting)))),
         Estimate("forward", (*trained, stack, ("layer", act.forward))),
         Estimate("loss", (*trained, stack, ("final states", 4 * act.boundary), ("logits", _logits(n, shape.vocab)))),
         Estimate("backward", (*trained, stack, ("final states", act.boundary), ("layer", inner))),
@@ -194,11 +194,13 @@ def train_peak(shape: Shape, setting: Setting, spec: TrainSpec, broadcast_rank: 
     return max(moments, key=lambda moment: moment.peak)
 
 
-def _reading(setting: Setting, elements: int) -> int:
-    """What reading a weight needs besides the weight: a stored chunk, its fp32 copy, and bitsandbytes' six temporaries."""
+def _reading(shape: Shape, setting: Setting) -> int:
+    """What reading a weight needs besides the weight itself: a stored chunk where the dtype changes; to quantize one
+    also its fp32 copy and bitsandbytes' temporaries, six in all."""
+    cast = READ * setting.stored if setting.stored != setting.itemsize else 0
     if setting.quantization is Quantization.NF4:
-        return elements * (setting.stored + 6 * _FP32)
-    return elements * setting.stored if setting.stored != setting.itemsize else 0
+        return max(cast, min(READ, shape.largest) * (setting.stored + 6 * _FP32))
+    return cast
 
 
 def _logits(tokens: int, vocabulary: int) -> int:
@@ -228,7 +230,7 @@ def probe_peak(
     head = HEAD_ROWS * shape.hidden * (s + (setting.stored if setting.stored != s else 0))
     kernel = positions * (2 * shape.hidden + 3 * positions) * 8 if similarity else 0
     moments = (
-        Estimate("probe: reading a unit", (*held, unit, ("reading", _reading(setting, min(READ, shape.largest))))),
+        Estimate("probe: reading a unit", (*held, unit, ("reading", _reading(shape, setting)))),
         Estimate("probe: a unit's forward", (*held, unit, ("layer", inner))),
         Estimate("probe: Gram matrix", (*held, unit, ("kernel", kernel))),
         Estimate("probe: response states", (*held, final)),
