@@ -13,9 +13,9 @@ from common.errors import ConfigError
 
 
 class Section(BaseModel):
-    """Base of every configuration section: frozen, no unknown keys, no silent conversions."""
+    """Base of every configuration section: frozen, no unknown keys, no silent conversions, no infinite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)

@@ -57,7 +57,7 @@ def init(
 
 
 def _pin_malloc() -> None:
-    """One heap, and every buffer from 128 KiB on mapped and given back by itself (M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
+    """M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: one heap, and every buffer from 128 KiB on mapped by itself.
 
     Without it a heap a thread and a threshold that grows keep the chunks of eight pushes at once: the process grew by
     90 MiB instead of 38 (benchmarks/transfer.py). Does nothing where the C library is not glibc.

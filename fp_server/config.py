@@ -118,6 +118,13 @@ class LoraSection(Section):
     """Largest rank a module of the broadcast adapter has."""
     train: Factors = Factors.BOTH
 
+    @field_validator("targets")
+    @classmethod
+    def _some(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("name at least one module, or \"all\"")
+        return value
+
 
 class TrainSection(Section):
     """``[train]``."""

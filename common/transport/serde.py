@@ -66,6 +66,12 @@ def _finite(value: float, field: str) -> float:
     return value
 
 
+def _part(value: types_pb2.Part, field: str) -> t.Part:
+    if value not in _PART_OF:
+        raise ProtocolError(f"{field}: unknown value {value}")
+    return _PART_OF[value]
+
+
 def unit_to_pb(unit: t.UnitId) -> types_pb2.UnitId:
     """UnitId -> message."""
     return types_pb2.UnitId(layer=unit.layer, part=_PARTS[unit.part])
@@ -73,11 +79,9 @@ def unit_to_pb(unit: t.UnitId) -> types_pb2.UnitId:
 
 def unit_from_pb(message: types_pb2.UnitId) -> t.UnitId:
     """Message -> UnitId."""
-    if message.part not in _PART_OF:
-        raise ProtocolError(f"unit.part: unknown value {message.part}")
     if message.layer >= MAX_UNITS:
         raise ProtocolError(f"unit.layer: {message.layer} is more than any model has")
-    return t.UnitId(message.layer, _PART_OF[message.part])
+    return t.UnitId(message.layer, _part(message.part, "unit.part"))
 
 
 def key_to_pb(key: t.TaskKey) -> types_pb2.TaskKey:
@@ -121,7 +125,7 @@ def probe_spec_to_pb(spec: t.ProbeSpec) -> types_pb2.ProbeSpec:
 def probe_spec_from_pb(m: types_pb2.ProbeSpec) -> t.ProbeSpec:
     """Message -> ProbeSpec."""
     return t.ProbeSpec(
-        part=_PART_OF.get(m.part, t.Part.LAYER),
+        part=_part(m.part, "probe.part"),
         positions=m.positions,
         kernel=_enum(t.Kernel, m.kernel, "probe.kernel"),
         sample=_enum(t.Positions, m.sample, "probe.sample"),
@@ -177,7 +181,7 @@ def run_spec_from_pb(m: types_pb2.RunSpec) -> t.RunSpec:
         model=m.model,
         fingerprint=_digest(m.fingerprint, "spec.fingerprint"),
         method=m.method,
-        part=_PART_OF.get(m.part, t.Part.LAYER),
+        part=_part(m.part, "spec.part"),
         train=train_spec_from_pb(m.train),
         probe=probe_spec_from_pb(m.probe),
         broadcast_rank=m.broadcast_rank,

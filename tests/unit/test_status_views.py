@@ -1,0 +1,103 @@
+"""What a status holds, and what a person sees of it."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from test_rounds import MANIFEST, Shell, committed, dropped, opened, probed
+
+from fp_server import commands as c
+from fp_server import events as e
+from fp_server.status import loss_curve, run_summary, status
+from fp_server.views import runs_table, size, status_view
+
+
+def shown(thing) -> str:
+    console = Console(file=io.StringIO(), width=220)
+    console.print(thing)
+    return console.file.getvalue()
+
+
+def whole(machine, problem="", connected=("a", "b")):
+    made = status(machine, problem, list(connected))
+    return json.loads(json.dumps(made, allow_nan=False))
+
+
+def test_sizes():
+    assert [size(n) for n in (None, 0, 1023, 1024, 1.5 * 2**20, 2**30, 5 * 2**40)] == [
+        "–", "0 B", "1023 B", "1.0 KiB", "1.5 MiB", "1.00 GiB", "5120.00 GiB",
+    ]  # fmt: skip
+
+
+def test_no_run():
+    assert status(None, "x", ["a"]) == {"run": None, "state": "idle", "connected": ["a"], "problem": "x"}
+    assert "devices connected: a" in shown(status_view(status(None, "", ["a"])))
+    assert "no runs yet" in shown(runs_table([]))
+
+
+def test_a_round_under_way():
+    shell = opened()
+    shell.do(c.ProgressSeen("a", shell.key, "probe", 3, 30))
+    shell.probe("b")
+    shell.assign("b")
+    made = whole(shell.machine)
+    assert made["state"] == "round" and made["current"]["round"] == 1 and made["current"]["closed"] is None
+    assert made["current"]["devices"]["a"] == {"stage": "probing", "progress": {"phase": "probe", "done": 3, "total": 30}}
+    b = made["current"]["devices"]["b"]
+    assert b["units"] == ["1", "4"] and b["groups"] == [["1", "2"], ["3", "4"]] and b["probabilities"] == [[0.5, 0.5]] * 2
+    assert made["devices"]["a"] == {
+        "connected": True, "samples": 10, "budget_bytes": 0, "units": 2, "refusal": "", "smallest_budget": 7,
+    }  # fmt: skip
+    text = shown(status_view(made))
+    assert "probing (probe 3/30)" in text and "r  round  fedpruner on toy, 0 of 2 rounds" in text
+
+
+def test_a_whole_run_and_what_went_wrong_in_it():
+    shell = opened()
+    key = shell.key
+    shell.probe("a", "b")
+    shell.assign("a", "b")
+    shell.do(dropped(key, "b"))
+    shell.accept("a")
+    made = whole(shell.machine, "the disk is full [sic]")
+    assert made["state"] == "aggregating" and "problem: the disk is full [sic]" in shown(status_view(made))
+    shell.commit()
+    shell.do(e.RunPaused("r", "by hand"))
+    made = whole(shell.machine, connected=("a",))
+    assert made["paused"] == "by hand" and made["ledger_layers"] == [1] and made["rounds_done"] == 1
+    first = made["history"][0]
+    assert first["changed_layers"] == [1] and first["energy_dropped"] == {"1": 0.0} and first["committed"]
+    assert first["devices"]["b"]["error"] == "WorkerError" and first["devices"]["b"]["message"] == "it broke"
+    text = shown(status_view(made))
+    assert "paused: by hand" in text and "it broke" in text and "100 B" in text
+    table = shown(runs_table([run_summary(shell.machine)]))
+    assert "1 of 2" in table and "2.0000 → 2.0000" in table
+
+
+def test_the_loss_curve_is_weighted_by_tokens_and_has_the_final_evaluation():
+    shell = opened(rounds=1)
+    key = shell.key
+    for device, loss, tokens in (("a", 3.0, 10), ("b", 1.0, 30)):
+        event = probed(key, device)
+        shell.do(e.ProbeReceived("r", key, device, event.similarity, event.in_out, loss, tokens, 1, 1.0))
+    shell.assign("a", "b")
+    shell.accept("a", "b")
+    shell.do(committed(key))
+    shell.probe("a")
+    assert loss_curve(shell.machine) == [(0, pytest.approx(1.5))], "b has not reported yet"
+    shell.probe("b")
+    assert loss_curve(shell.machine) == [(0, pytest.approx(1.5)), (1, pytest.approx(2.0))]
+    assert "end" in shown(status_view(whole(shell.machine)))
+
+
+def test_devices_that_have_not_answered_or_cannot():
+    shell = Shell()
+    shell.join("a", units=0)
+    shell.do(c.Connected("z"))
+    made = whole(shell.machine, connected=("a", "z"))
+    assert made["devices"]["a"]["refusal"] == "too small" and made["devices"]["z"]["refusal"] == "has not answered yet"
+    text = shown(status_view(made))
+    assert "too small" in text and "has not answered yet" in text and MANIFEST.layers == 4
