@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from common import config as configuration
 from common.errors import ConfigError, IdentityError, InUseError
 from common.pb import admin_pb2_grpc, enroll_pb2_grpc, objects_pb2_grpc, session_pb2_grpc
-from common.transport.tls import check_validity, server_credentials
+from common.transport.tls import server_credentials
 from common.transport.wire import SERVER_OPTIONS, options
 from fp_server.admin import Admin, Enrollment
 from fp_server.config import ServerConfig
@@ -118,7 +118,6 @@ async def serve(directory: Path) -> None:
     """Run until SIGTERM or SIGINT. Raises InUseError, StorageError, IdentityError or ConfigError at the start."""
     with locked(directory):
         config = configuration.load(directory / "server.toml", ServerConfig)
-        check_validity(directory / "server.pem")
         database = Database(directory / "log.sqlite")
         try:
             await _serve(directory, config, database)
@@ -129,6 +128,8 @@ async def serve(directory: Path) -> None:
 async def _serve(directory: Path, config: ServerConfig, database: Database) -> None:
     store, authority = ObjectStore(directory), Authority(directory, database)
     store.clear_scratch()
+    for name in authority.renew(config.names, config.certificate_days):
+        logger.info("%s was about to expire and has been renewed", directory / name)
     coordinator = Coordinator(config, EventLog(database), store)
     try:
         certificate, key, ca = ((directory / name).read_bytes() for name in ("server.pem", "server.key", "ca.pem"))

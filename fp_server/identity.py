@@ -136,6 +136,24 @@ class Authority:
         write_private(self._directory / "operator.key", key_pem(key))
         (self._directory / "operator.pem").write_bytes(_pem(certificate))
 
+    def renew(self, names: list[str], operator_days: float, server_days: float = 825, margin: float = 30) -> list[str]:
+        """Replace the server's and the operator's certificates when less than `margin` days are left; which ones.
+
+        The keys and the CA stay where they are: whoever can start the server could do the same.
+        """
+        renewed: list[str] = []
+        limit = datetime.now(UTC) + timedelta(days=margin)
+        if _ends(self._directory / "server.pem") < limit:
+            key = load_key(self._directory / "server.key").public_key()
+            alternative = _alternative_names(names)
+            certificate = _sign(self._ca, self._key, key, names[0], alternative, ExtendedKeyUsageOID.SERVER_AUTH, server_days)
+            write_private(self._directory / "server.pem", _pem(certificate))
+            renewed.append("server.pem")
+        if _ends(self._directory / "operator.pem") < limit:
+            self.create_operator("operator", operator_days)
+            renewed.append("operator.pem")
+        return renewed
+
     async def create_token(self, name: str, role: str, ttl: float, enroll: str, server: str) -> JoinToken:
         """A one-time token for `name`. Raises ConfigError for a bad name or role."""
         if NAME.fullmatch(name) is None:
@@ -204,6 +222,13 @@ class Authority:
             raise IdentityError(f"the certificate of {peer.name!r} has been revoked; ask the operator for a new token")
         if peer.role != role:
             raise IdentityError(f"{peer.name!r} is a {peer.role}; this needs the role {role}")
+
+
+def _ends(path: Path) -> datetime:
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    except (OSError, ValueError) as error:
+        raise IdentityError(f"{path}: no usable certificate ({error}); was `fp-server init` interrupted?") from None
 
 
 def _store(c: sqlite3.Connection, certificate: x509.Certificate, name: str, role: str, token: str | None) -> None:

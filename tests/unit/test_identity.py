@@ -161,3 +161,19 @@ def test_a_directory_without_a_ca(tmp_path, database):
 def test_names_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match="not host names"):
         create_authority(tmp_path, ["bücher.example"])
+
+
+def test_certificates_about_to_expire_are_renewed_at_the_start_with_the_same_keys(authority, tmp_path):
+    authority.create_operator("operator", 90)
+    assert authority.renew(["localhost"], 90) == []
+    before = tls.check_validity(tmp_path / "server.pem")
+    authority.create_operator("operator", 29)
+    assert authority.renew(["localhost", "10.0.0.5"], 90, margin=30) == ["operator.pem"]
+    assert authority.renew(["localhost", "10.0.0.5"], 900, margin=830) == ["server.pem", "operator.pem"]
+    after = tls.check_validity(tmp_path / "server.pem")
+    assert after.serial_number != before.serial_number and after.public_key() == before.public_key()
+    kind = x509.SubjectAlternativeName
+    assert after.extensions.get_extension_for_class(kind).value == before.extensions.get_extension_for_class(kind).value
+    (tmp_path / "operator.pem").unlink()
+    with pytest.raises(IdentityError, match=r"operator\.pem: no usable certificate"):
+        authority.renew(["localhost"], 90)
