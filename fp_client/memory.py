@@ -188,7 +188,7 @@ def train_peak(shape: Shape, setting: Setting, spec: TrainSpec, broadcast_rank: 
     moments = (
         Estimate("loading", (*held, ("reading", _reading(shape, setting)))),
         Estimate("forward", (*trained, stack, ("layer", act.forward))),
-        Estimate("loss", (*trained, stack, ("final states", 4 * act.boundary), ("logits", _logits(n, shape.vocab)))),
+        Estimate("loss", (*trained, stack, ("final states", 4 * act.boundary), ("logits", _logits(setting, n, shape.vocab)))),
         Estimate("backward", (*trained, stack, ("final states", act.boundary), ("layer", inner))),
     )
     return max(moments, key=lambda moment: moment.peak)
@@ -203,8 +203,10 @@ def _reading(shape: Shape, setting: Setting) -> int:
     return cast
 
 
-def _logits(tokens: int, vocabulary: int) -> int:
-    return min(LOGITS, 3 * tokens * vocabulary * _FP32)
+def _logits(setting: Setting, tokens: int, vocabulary: int) -> int:
+    """A narrow dtype's logits are there beside their fp32 copy."""
+    whole = min(LOGITS, 3 * tokens * vocabulary * _FP32)
+    return whole + (whole // 6 if setting.itemsize < _FP32 else 0)
 
 
 def probe_peak(
