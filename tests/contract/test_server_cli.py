@@ -162,7 +162,7 @@ def test_a_run_from_start_to_export(tmp_path):
         assert json.loads(cli("status", "--json", *at))["paused"] == "paused by the operator"
         assert "paused: paused by the operator" in cli("status", *at)
         assert "gathering" in cli("resume", "toy-run", *at)
-        assert "toy-run" in cli("export", "--out", tmp_path / "a", *at, code=9)
+        assert "nothing to export" in cli("export", "--out", tmp_path / "a", *at, code=9)
 
         async def both():
             async with asyncio.timeout(30):
