@@ -1,4 +1,4 @@
-"""FDLO and IALS on real weights and real text: the groups and probabilities of a real run, early and late (as the paper's Table 5).
+"""FDLO and IALS on real weights and text: groups and probabilities of a real run, early and late (as the paper's Table 5).
 
     python benchmarks/groups.py --rounds 10 --units 12 --out docs/results/groups.md
 

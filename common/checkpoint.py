@@ -15,7 +15,7 @@ from common.tensorfile import TensorFile, TensorInfo
 from common.types import ModelManifest, ModuleShape
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gemma3_text", "smollm3", "olmo2"})
-"""`model_type` values this project streams (house plan §5)."""
+"""`model_type` values this project streams."""
 
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EMBEDDING_KEY, NORM_KEY, HEAD_KEY = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"

@@ -1,8 +1,7 @@
 """Reading safetensors with plain reads instead of a memory map.
 
-The safetensors library maps the file, and mapped pages count as the process's memory until released
-(house plan §4). Where a process promises a memory bound, tensors are read by offset instead; the
-header is checked as strictly as the library does before any offset is trusted.
+The safetensors library maps the file, and mapped pages count as the process's memory until released.
+Where a process promises a memory bound, tensors are read by offset instead; the header is checked as strictly as the library does before any offset is trusted.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Part(StrEnum):
 
 
 class Gradient(StrEnum):
-    """How a device makes its gradient (house plan §5)."""
+    """How a device makes its gradient."""
 
     SUBMODEL = "submodel"
     STITCHED = "stitched"

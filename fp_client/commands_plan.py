@@ -19,7 +19,7 @@ from fp_client.commands import HERE, Directory, Json, err, out
 from fp_client.config import FILE, ClientConfig, human, load_config, parse_bytes
 
 IDLE_MARGIN = 1.1
-"""A container's limit: budget plus what daemon and worker hold idle, plus a tenth (house plan §4)."""
+"""A container's limit: budget plus what daemon and worker hold idle, plus a tenth."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class DataSource:
     split: str = "train"
     """The split of a `datasets` id; files have none."""
     heldout: float = 0.05
-    """The fraction never trained on (house plan §2.3), rounded to the nearest row, at least one."""
+    """The fraction never trained on, rounded to the nearest row, at least one."""
     heldout_max: int = 64
     """No more held-out rows than this: each one is a forward pass of the full model every round."""
     on_long: Literal["error", "drop"] = "error"

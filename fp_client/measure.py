@@ -1,4 +1,4 @@
-"""How much memory a task takes, measured the same way everywhere (house plan §4).
+"""How much memory a task takes, measured the same way everywhere.
 
 Main memory: the kernel's high-water mark of the process (VmHWM), reset before the task, above the
 footprint of the warmed worker. VRAM: the CUDA allocator's peak.

@@ -1,6 +1,6 @@
 """The planner: what a task will hold at its worst moment, from the model's config alone. Torch-free.
 
-All figures are bytes above the worker's warmed footprint (house plan §4). One function a moment; a task's peak is
+All figures are bytes above the worker's warmed footprint. One function a moment; a task's peak is
 the largest of its moments. The formulas follow what the code holds, tensor by tensor; `OVERHEAD` is the one constant
 that was measured instead: the buffers that the matrix library keeps, and the allocator's rounding.
 

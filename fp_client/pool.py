@@ -27,7 +27,7 @@ OnProgress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""glibc returns freed memory at once; without these one identical step peaked 30 % higher (house plan §4)."""
+"""glibc returns freed memory at once; without these one identical step peaked 30 % higher."""
 
 _LINE = 16 << 20
 """The longest message a worker may send, in bytes: a similarity matrix is well under a megabyte."""

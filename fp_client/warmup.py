@@ -1,7 +1,7 @@
 """Bring a worker's code into memory before its footprint is taken.
 
 Library code is mapped file pages that count as resident once touched, and torch, peft and bitsandbytes
-set themselves up on first use. All of that belongs to the warmed worker, not to a task (house plan §4), so
+set themselves up on first use. All of that belongs to the warmed worker, not to a task, so
 a model of a few kilobytes goes through the same loader, probe and training that a task uses.
 """
 

@@ -1,4 +1,4 @@
-"""Stacking: ΔW of one module and its holders' LoRA into the next ΔW (paper Eq. 5; house plan §3).
+"""Stacking: ΔW of one module and its holders' LoRA into the next ΔW (paper Eq. 5).
 
 ⊕ of Eq. 5 stacks A by rows and B by columns. The weight w_n and LoRA's own scale α/r are folded into
 B alone, so that  B_cat @ A_cat == Σ_n w_n (α_n / r_n) B_n A_n  whatever the ranks. Once the summed rank

@@ -171,7 +171,7 @@ class LimitSection(Section):
     """``[limits]``."""
 
     min_holders: PositiveInt = 1
-    """A layer with fewer holders in a round keeps what it had (house plan §3, privacy)."""
+    """A layer with fewer holders in a round keeps what it had (docs/algorithm.md, privacy)."""
     max_update_norm: PositiveFloat | None = None
     """Largest Frobenius norm of (α/r)·B·A a module may have; none by default."""
 

@@ -1,4 +1,4 @@
-"""What happened, as it is kept for ever. A run's state is the fold of its events (house plan §6).
+"""What happened, as it is kept for ever. A run's state is the fold of its events.
 
 Choices that depend on the clock, on who was connected or on a measurement are events, so that folding
 the log again gives the same state. Heartbeats and transfer progress are not events.

@@ -1,4 +1,4 @@
-"""The server's own certificate authority, and one-time join tokens (house plan §6).
+"""The server's own certificate authority, and one-time join tokens.
 
 The server alone decides name, role and usages of a certificate; a CSR contributes its public key.
 """

@@ -147,8 +147,8 @@ def _strips(w: FloatArray) -> Iterator[tuple[slice, Float64]]:
 def _leading(delta: Dense, rank: int) -> tuple[Factored, float]:
     """The leading components of a dense ΔW, from the eigenvectors of its smaller Gram matrix.
 
-    Beside ΔW a few float64 matrices of min(d_out, d_in)² are held, and the components. Squaring costs half of float64's digits, which is
-    still float32's: ΔW has no more.
+    Beside ΔW a few float64 matrices of min(d_out, d_in)² are held, and the components. Squaring costs half of
+    float64's digits, which is still float32's: ΔW has no more.
     """
     w, (d_out, d_in) = delta.w, delta.shape
     tall = d_out > d_in

@@ -1,7 +1,7 @@
 """The content-addressed object store: immutable files named by their sha256.
 
 An object is written under a temporary name, synced, renamed, and its directory synced before anyone
-hears of it (house plan §6).
+hears of it.
 """
 
 from __future__ import annotations

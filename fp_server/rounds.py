@@ -90,7 +90,7 @@ class RunMachine:
         return tuple(UnitObject(layer, ref) for layer, ref in sorted(self.broadcast.items()))
 
     def may_fetch(self, device: str) -> frozenset[str]:
-        """The digests of the device's current task (house plan §6)."""
+        """The digests of the device's current task."""
         task = self.task(device)
         if isinstance(task, SendProbe):
             return frozenset(o.ref.digest for o in task.task.adapter)

@@ -1,4 +1,4 @@
-"""An uploaded update against its assignment, before it counts (house plan §2 step 6).
+"""An uploaded update against its assignment, before it counts.
 
 Everything expected comes from the assignment and the model's manifest, never from the upload.
 """
