@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install model demo test check unit contract integration slow bench bench-probe bench-planner bench-7b proto format clean
+.PHONY: help install model demo test check unit contract integration slow gpu bench bench-server bench-probe bench-planner bench-7b bench-groups proto format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -61,12 +61,21 @@ bench: bench-server bench-probe bench-planner ## Benchmarks that take minutes; t
 bench-server: $(STAMP)
 	$(BIN)/python benchmarks/stacking.py
 	$(BIN)/python benchmarks/fdlo.py
+	$(BIN)/python benchmarks/transfer.py
 
 bench-probe: $(STAMP) model
-	$(BIN)/python benchmarks/memory_probe.py
+	$(BIN)/python benchmarks/memory_probe.py whole
+	$(BIN)/python benchmarks/memory_probe.py probe --micro 4
 
 bench-planner: $(STAMP) model
 	$(BIN)/python benchmarks/planner.py
+
+bench-7b: $(STAMP) ## A LLaMA2-7B shape with random weights: probe and 12-layer step in NF4 (18 GB of disk, half an hour; resumes)
+	$(BIN)/python benchmarks/memory_probe.py probe --shape llama2-7b --dir .cache/shapes --quantization nf4 --dtype bfloat16 --rows 4 --length 512
+	$(BIN)/python benchmarks/memory_probe.py train --shape llama2-7b --dir .cache/shapes --quantization nf4 --dtype bfloat16 --rows 1 --length 512 --units 12
+
+bench-groups: $(STAMP) model ## FDLO groups and IALS probabilities of a real run, early and late
+	$(BIN)/python benchmarks/groups.py
 
 proto: $(STAMP) ## Generate common/pb from proto/
 	$(BIN)/python tests/proto_drift.py --write

@@ -55,7 +55,7 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except FileNotFoundError:
-        raise IdentityError(f"{path}: no key; run `fp-client join` first") from None
+        raise IdentityError(f"{path}: no key; run `fp-client join` (device) or `fp-server init` (server) first") from None
     except ValueError:
         raise IdentityError(f"{path}: not a PEM private key") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
@@ -108,7 +108,7 @@ def client_credentials(directory: Path, stem: str = "device") -> grpc.ChannelCre
         try:
             parts[name] = (directory / name).read_bytes()
         except OSError as error:
-            raise IdentityError(f"{directory / name}: {error.strerror}; run `fp-client join` (device) first") from None
+            raise IdentityError(f"{directory / name}: {error.strerror}; run `fp-client join` (device) or `fp-server init` (server) first") from None
     check_validity(directory / f"{stem}.pem")
     load_key(directory / f"{stem}.key")
     return grpc.ssl_channel_credentials(parts["ca.pem"], parts[f"{stem}.key"], parts[f"{stem}.pem"])
