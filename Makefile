@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install model demo test check unit contract integration slow gpu bench bench-server bench-probe bench-planner bench-7b bench-groups proto format clean
+.PHONY: help install model demo test check unit contract integration gpu bench bench-server bench-probe bench-planner bench-7b bench-groups proto format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -42,16 +42,13 @@ check: $(STAMP) ## Lint, types, import contracts, proto drift
 	$(BIN)/python tests/proto_drift.py
 
 unit: $(STAMP) model ## Unit tests
-	$(PYTEST) tests/unit -m "not slow and not gpu"
+	$(PYTEST) tests/unit -m "not gpu"
 
 contract: $(STAMP) model ## Contract tests: both sides of the wire against each other and against bad input
-	$(PYTEST) tests/contract -m "not slow and not gpu"
+	$(PYTEST) tests/contract -m "not gpu"
 
 integration: $(STAMP) model ## Integration tests: real processes on loopback
-	$(PYTEST) tests/integration -m "not slow and not gpu"
-
-slow: $(STAMP) model ## The tests that take minutes
-	$(PYTEST) tests -m slow --timeout 3600
+	$(PYTEST) tests/integration -m "not gpu"
 
 gpu: $(STAMP) ## The tests that need a CUDA device
 	$(PYTEST) tests/gpu -m gpu
