@@ -1,7 +1,8 @@
 """Reading safetensors with plain reads instead of a memory map.
 
 The safetensors library maps the file, and mapped pages count as the process's memory until released.
-Where a process promises a memory bound, tensors are read by offset instead; the header is checked as strictly as the library does before any offset is trusted.
+Where a process promises a memory bound, tensors are read by offset instead; the header is checked as
+strictly as the library does before any offset is trusted.
 """
 
 from __future__ import annotations

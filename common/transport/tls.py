@@ -108,7 +108,8 @@ def client_credentials(directory: Path, stem: str = "device") -> grpc.ChannelCre
         try:
             parts[name] = (directory / name).read_bytes()
         except OSError as error:
-            raise IdentityError(f"{directory / name}: {error.strerror}; run `fp-client join` (device) or `fp-server init` (server) first") from None
+            hint = "run `fp-client join` (device) or `fp-server init` (server) first"
+            raise IdentityError(f"{directory / name}: {error.strerror}; {hint}") from None
     check_validity(directory / f"{stem}.pem")
     load_key(directory / f"{stem}.key")
     return grpc.ssl_channel_credentials(parts["ca.pem"], parts[f"{stem}.key"], parts[f"{stem}.pem"])
