@@ -33,9 +33,8 @@ def main() -> None:
     options: tuple[Eigenvectors, ...] = ("k", "k-1")
     for file in given.files:
         similarity = np.array(json.loads(file.read_text())["similarity"])
-        print(
-            f"{file.name}: smallest CKA {similarity.min():.3f}, from layer 12 to the last but one {similarity[11:-1, 11:-1].min():.3f}"
-        )
+        late = similarity[11:-1, 11:-1].min()
+        print(f"{file.name}: smallest CKA {similarity.min():.3f}, from layer 12 to the last but one {late:.3f}")
         for eigenvectors in options:
             groups = group(similarity, given.units, np.random.default_rng(0), eigenvectors)
             print(f"  {eigenvectors:>3} eigenvectors: {' | '.join(span(members) for members in groups)}")
