@@ -85,20 +85,26 @@ def test_the_devices_reader_takes_the_files(partitions, tmp_path):
         assert split_rows(read, source).heldout
 
 
-def test_the_same_set_in_another_process(partitions):
+def test_the_same_set_in_every_process():
     script = (
         "import hashlib, json, sys; sys.path.insert(0, sys.argv[1]); import pydocs\n"
         "few = lambda row: len(f'{row.instruction} {row.output}'.split()) <= 60\n"
         "found = {n: [[r.instruction, r.output] for r in rows] for n, rows in pydocs.partitions(few).items()}\n"
-        "print(hashlib.sha256(json.dumps(found).encode()).hexdigest())"
+        "print(sum(map(len, found.values())), hashlib.sha256(json.dumps(found).encode()).hexdigest())"
     )
-    import hashlib
-
-    here = {name: [[row.instruction, row.output] for row in rows] for name, rows in partitions.items()}
-    there = subprocess.run(
-        [sys.executable, "-c", script, str(FILE.parent)], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"}
-    )
-    assert there.stdout.strip() == hashlib.sha256(json.dumps(here).encode()).hexdigest()
+    # Fresh processes, as the demo's is: a test process has modules that others have patched.
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", script, str(FILE.parent)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("7", "11")
+    ]
+    assert said[0] == said[1]
+    assert int(said[0].split()[0]) > 500
 
 
 def test_no_address_of_an_object_gets_in(partitions):
