@@ -146,7 +146,7 @@ def main() -> None:
         )
         fleet.command("fp-server", "start", str(run), "--dir", server)
         status: dict[str, Any] = {}
-        for line in fleet.follow("fp-server", "status", "--watch", "--json", "--dir", server):
+        for line in fleet.follow("fp-server", "status", "--watch", "--json", "--rounds", "all", "--dir", server):
             if line is not None:
                 status = json.loads(line)
                 print(f"{status['state']}: {status['rounds_done']} of {status['rounds']} rounds", flush=True)

@@ -65,16 +65,18 @@ class Admin(admin_pb2_grpc.AdminServicer):
             return admin_pb2.ListRunsReply(json=json.dumps(runs))
         raise AssertionError("unreachable")
 
-    def _status(self, run: str) -> admin_pb2.Status:
+    def _status(self, request: admin_pb2.StatusRequest) -> admin_pb2.Status:
         coordinator = self._coordinator
-        machine = coordinator.run(run) if run or coordinator.names else None
-        return admin_pb2.Status(json=json.dumps(status(machine, coordinator.problem, sorted(coordinator.sessions))))
+        machine = coordinator.run(request.run) if request.run or coordinator.names else None
+        connected = sorted(coordinator.sessions)
+        made = status(machine, coordinator.problem, connected, request.last_rounds, request.first_round)
+        return admin_pb2.Status(json=json.dumps(made))
 
     async def GetStatus(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.Status:  # noqa: N802
         """One run, now."""
         async with errors_to_status(context):
             caller(context, self._authority, "operator")
-            return self._status(request.run)
+            return self._status(request)
         raise AssertionError("unreachable")
 
     async def WatchStatus(self, request: admin_pb2.StatusRequest, context: Context) -> AsyncIterator[admin_pb2.Status]:  # noqa: N802
@@ -83,7 +85,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
             caller(context, self._authority, "operator")
             last = b""
             while True:
-                now = self._status(request.run)
+                now = self._status(request)
                 if (encoded := now.SerializeToString()) != last:
                     last = encoded
                     yield now

@@ -15,10 +15,11 @@ from typing import Annotated, Any
 
 # One BLAS thread: the same sums in the same order on every machine, and no idle thread pools for months.
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_variable, "1")
+    os.environ[_variable] = "1"
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from common.errors import ConfigError, FedPrunerError
 
@@ -26,12 +27,13 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="The FedPruner aggregation server. Torch-free; it never sees training data.",
 )  # fmt: skip
-out, err = Console(), Console(stderr=True)
+out, err = Console(markup=False), Console(stderr=True, markup=False)  # names, paths and devices' words may hold [brackets]
 
 Directory = Annotated[Path, typer.Option("--dir", envvar="FP_SERVER_DIR", help="The server's data directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Run = Annotated[str, typer.Argument(help="The run's name; the active or newest one if left out.")]
 HERE = Path("fp-server-data")
+ALL = 2**32 - 1
 
 
 def _duration(text: str) -> int:
@@ -122,7 +124,7 @@ def start(
     else:
         assert config.model.path is not None, "the configuration demands one of them"
         checkpoint = Checkpoint(file.parent / config.model.path)
-        with err.status(f"fingerprinting {checkpoint.directory}") as shown:
+        with err.status(Text(f"fingerprinting {checkpoint.directory}")) as shown:
             fingerprint = cached_fingerprint(
                 checkpoint, dir / "cache", lambda done, total: shown.update(f"fingerprinting {done / total:.0%}")
             )
@@ -132,33 +134,42 @@ def start(
     out.print(f"run {name} started\nwatch it: fp-server status --watch --dir {dir}", highlight=False)
 
 
+def _entries(text: str) -> int:
+    if text == "all":
+        return ALL
+    if not text.isdecimal() or not 1 <= int(text) < ALL:
+        raise ConfigError(f"--rounds: {text!r} is neither a number from 1 on nor `all`")
+    return int(text)
+
+
 @app.command(epilog="Examples: `fp-server status --watch`, `fp-server status my-run --json | jq .loss`")
 def status(
     run: Run = "",
     dir: Directory = HERE,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until the run ends.")] = False,
     json_: Json = False,
+    rounds: Annotated[str, typer.Option(help="How many of the last rounds and attempts to show, or `all`.")] = "10",
 ) -> None:
     """Show a run: devices, rounds, drawn layers, losses, bytes and peaks."""
     from fp_server.operator import Operator
     from fp_server.views import status_view
 
-    operator = Operator(dir)
+    operator, last = Operator(dir), _entries(rounds)
     if watch:
-        asyncio.run(_watch(operator, run, json_))
+        asyncio.run(_watch(operator, run, json_, last))
     elif json_:
-        print(json.dumps(operator.status(run), indent=1))  # noqa: T201
+        print(json.dumps(operator.status(run, last), indent=1))  # noqa: T201
     else:
-        out.print(status_view(operator.status(run)))
+        out.print(status_view(operator.status(run, last)))
 
 
-async def _watch(operator: Any, run: str, json_: bool) -> None:
+async def _watch(operator: Any, run: str, json_: bool, last: int) -> None:
     from rich.live import Live
 
     from fp_server.views import status_view
 
     async def follow(show: Callable[[dict[str, Any]], object]) -> None:
-        async for seen in operator.watch(run):
+        async for seen in operator.watch(run, last):
             show(seen)
             if seen["state"] in ("finished", "stopped"):
                 return
@@ -219,7 +230,7 @@ def export(
     """Write a run's adapter as a PEFT directory. Works with or without the server running."""
     from fp_server.exporting import export_run
 
-    with err.status(f"exporting to {out_dir}"):
+    with err.status(Text(f"exporting to {out_dir}")):
         said = export_run(dir, run, out_dir, base, rank)
     out.print(said, highlight=False, soft_wrap=True)
 
@@ -229,7 +240,9 @@ def main() -> None:
     try:
         app()
     except FedPrunerError as error:
-        err.print(f"[red]error:[/red] {str(error).replace('[', chr(92) + '[')}", highlight=False, soft_wrap=True)
+        from fp_server.views import plain
+
+        err.print(Text.assemble(("error:", "red"), " ", plain(str(error))), highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

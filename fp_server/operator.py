@@ -65,10 +65,23 @@ class Operator:
         reply = self._run(lambda stub: stub.ListRuns(admin_pb2.ListRunsRequest(), timeout=TIMEOUT))
         return list(json.loads(reply.json))
 
-    def status(self, run: str) -> dict[str, Any]:
-        """One run, now."""
-        reply = self._run(lambda stub: stub.GetStatus(admin_pb2.StatusRequest(run=run), timeout=TIMEOUT))
-        return dict(json.loads(reply.json))
+    def _page(self, run: str, first: int, last: int) -> dict[str, Any]:
+        request = admin_pb2.StatusRequest(run=run, first_round=first, last_rounds=last)
+        return dict(json.loads(self._run(lambda stub: stub.GetStatus(request, timeout=TIMEOUT)).json))
+
+    def status(self, run: str, last: int = 0) -> dict[str, Any]:
+        """One run, now, with the `last` entries of its history (0: the usual ten), in as many calls as they need."""
+        made = self._page(run, 0, last)
+        if made["run"] is None:
+            return made
+        wanted = max(1, made["history_total"] - last + 1) if last else made["history_first"]
+        pages: list[dict[str, Any]] = []
+        while (at := wanted + len(pages)) < made["history_first"]:
+            # An entry never changes once it is in the history, and a run keeps its name: pages of different moments fit.
+            page = self._page(made["run"], at, made["history_first"] - at)
+            pages += page["history"]
+        made["history"], made["history_first"] = pages + made["history"], wanted
+        return made
 
     def token(self, name: str, role: str, ttl: int) -> str:
         """A one-time join token."""
@@ -79,11 +92,12 @@ class Operator:
         """Revoke a name's certificates; returns how many."""
         return self._run(lambda stub: stub.Revoke(admin_pb2.RevokeRequest(name=name), timeout=TIMEOUT)).count
 
-    async def watch(self, run: str) -> AsyncIterator[dict[str, Any]]:
-        """A status whenever something changes."""
+    async def watch(self, run: str, last: int = 0) -> AsyncIterator[dict[str, Any]]:
+        """A status whenever something changes, with as many of the `last` entries as one message holds."""
+        request = admin_pb2.StatusRequest(run=run, last_rounds=last)
         async with grpc.aio.secure_channel(self.address, self._credentials, options(CHANNEL_OPTIONS)) as channel:
             try:
-                async for message in admin_pb2_grpc.AdminStub(channel).WatchStatus(admin_pb2.StatusRequest(run=run)):
+                async for message in admin_pb2_grpc.AdminStub(channel).WatchStatus(request):
                     yield dict(json.loads(message.json))
             except grpc.aio.AioRpcError as error:
                 raise self._explain(error) from None

@@ -5,16 +5,26 @@ Rounds and layers are 1-based here: this is what a person reads.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fp_server import events as e
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Member, Round
 
+LAST = 10
+"""Entries of the history a status has when nobody asks for more."""
+HISTORY_BYTES = 2 << 20
+"""A status holds no more of the history than this, and always one entry: a message may have 4 MiB."""
+
 
 def run_summary(machine: RunMachine) -> dict[str, Any]:
     """One line of ``fp-server runs``."""
-    losses = [loss for _, loss in loss_curve(machine)]
+    return _summary(machine, loss_curve(machine))
+
+
+def _summary(machine: RunMachine, curve: list[tuple[int, float]]) -> dict[str, Any]:
+    losses = [loss for _, loss in curve]
     return {
         "run": machine.name,
         "state": machine.phase.value,
@@ -44,25 +54,43 @@ def loss_curve(machine: RunMachine) -> list[tuple[int, float]]:
     return [(index, total / tokens) for index, (total, tokens) in sorted(curve.items())]
 
 
-def status(machine: RunMachine | None, problem: str, connected: list[str]) -> dict[str, Any]:
-    """Everything ``fp-server status`` shows."""
+def status(machine: RunMachine | None, problem: str, connected: list[str], last: int = LAST, first: int = 0) -> dict[str, Any]:
+    """Everything ``fp-server status`` shows: the `last` entries of the history, or that many from the 1-based `first` on."""
     if machine is None:
         return {"run": None, "state": "idle", "connected": connected, "problem": problem}
-    current = machine.current
+    current, curve = machine.current, loss_curve(machine)
+    begin, history = _history(machine, last or LAST, first)
     return {
-        **run_summary(machine),
+        **_summary(machine, curve),
         "paused": machine.paused,
         "problem": problem,
         "connected": connected,
         "devices": {device: _device(machine, device) for device in sorted(set(machine.plans) | set(connected))},
         "current": None if current is None else _round(current, None),
-        "history": [_round(a_round, commit) for a_round, commit in machine.history],
-        "loss": [{"rounds_done": done, "loss": loss} for done, loss in loss_curve(machine)],
+        "history": history,
+        "history_first": begin + 1,
+        "history_total": len(machine.history),
+        "loss": [{"rounds_done": done, "loss": loss} for done, loss in curve],
         "start": machine.config.lora.start.value,
         "gradient": machine.config.train.gradient.value,
         "min_holders": machine.config.limits.min_holders,
         "ledger_layers": [layer + 1 for layer in sorted(machine.ledger)],
     }
+
+
+def _history(machine: RunMachine, last: int, first: int) -> tuple[int, list[dict[str, Any]]]:
+    """(0-based index of the first entry, entries): as many of those asked for as `HISTORY_BYTES` holds."""
+    begin = min(first - 1, len(machine.history)) if first else max(0, len(machine.history) - last)
+    asked = machine.history[begin : begin + last]
+    made: list[dict[str, Any]] = []
+    left = HISTORY_BYTES
+    for a_round, commit in asked if first else reversed(asked):
+        entry = _round(a_round, commit)
+        left -= len(json.dumps(entry))
+        if left < 0 and made:
+            break
+        made.append(entry)
+    return (begin, made) if first else (len(machine.history) - len(made), made[::-1])
 
 
 def _device(machine: RunMachine, device: str) -> dict[str, Any]:

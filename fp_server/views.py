@@ -20,6 +20,11 @@ def size(count: float | None) -> str:
     return f"{count:.2f} GiB"
 
 
+def plain(text: str, style: str = "") -> Text:
+    """Another machine's words: no markup is read in them, and control characters can't steer the terminal."""
+    return Text("".join(c if c.isprintable() else " " for c in text), style=style)
+
+
 def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
@@ -32,7 +37,8 @@ def runs_table(runs: list[dict[str, Any]]) -> RenderableType:
     for run in runs:
         first, last = run["loss_first"], run["loss_last"]
         loss = "–" if first is None else f"{first:.4f} → {last:.4f}"
-        table.add_row(run["run"], run["state"], run["method"], run["model"], f"{run['rounds_done']} of {run['rounds']}", loss)
+        words = (run["run"], run["state"], run["method"], run["model"], f"{run['rounds_done']} of {run['rounds']}", loss)
+        table.add_row(*map(plain, words))
     return table
 
 
@@ -40,16 +46,18 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     """One run and the devices."""
     if status["run"] is None:
         connected = ", ".join(status["connected"]) or "none"
-        return Text(f"no run yet; devices connected: {connected}")
+        return plain(f"no run yet; devices connected: {connected}")
     parts: list[RenderableType] = [_headline(status)]
     if status["problem"]:
-        parts.append(Text(f"problem: {status['problem']}", style="bold red"))
+        parts.append(plain(f"problem: {status['problem']}", "bold red"))
     if status["paused"]:
-        parts.append(Text(f"paused: {status['paused']}", style="yellow"))
+        parts.append(plain(f"paused: {status['paused']}", "yellow"))
     if status["state"] not in ("finished", "stopped"):
         parts.append(_devices(status))
     rounds = status["history"] + ([status["current"]] if status["current"] else [])
     if rounds:
+        if (left := status["history_first"] - 1) > 0:
+            parts.append(Text(f"{left} earlier rounds and attempts are not shown (--rounds N or --rounds all)", style="dim"))
         parts.append(_rounds(rounds, {row["rounds_done"]: row["loss"] for row in status["loss"]}))
     return Group(*parts)
 
@@ -57,7 +65,7 @@ def status_view(status: dict[str, Any]) -> RenderableType:
 def _headline(status: dict[str, Any]) -> Text:
     text = Text()
     text.append(status["run"], style="bold")
-    text.append(f"  {status['state']}  {status['method']} on {status['model']}, ")
+    text.append(plain(f"  {status['state']}  {status['method']} on {status['model']}, "))
     text.append(f"{status['rounds_done']} of {status['rounds']} rounds, gradient {status['gradient']}, start {status['start']}")
     if status["loss_first"] is not None:
         text.append(f"\nfull-model held-out loss {status['loss_first']:.4f} → {status['loss_last']:.4f}")
@@ -79,7 +87,7 @@ def _devices(status: dict[str, Any]) -> Table:
         mark = Text("●", style="green" if device["connected"] else "red")
         units = str(device["units"]) if device["units"] else "–"
         samples = "–" if device["samples"] is None else str(device["samples"])
-        table.add_row(name, mark, size(device["budget_bytes"]), units, samples, doing)
+        table.add_row(plain(name), mark, size(device["budget_bytes"]), units, samples, plain(doing))
     return table
 
 
@@ -96,7 +104,15 @@ def _rounds(rounds: list[dict[str, Any]], losses: dict[int, float]) -> Table:
         loss = losses.get(done)
         before = "" if loss is None else f"full-model held-out loss {loss:.4f}"
         table.add_row(
-            name, f"{len(entry['devices'])} devices", "", before, size(entry["bytes_up"]), "", "", "", entry["closed"] or ""
+            name,
+            f"{len(entry['devices'])} devices",
+            "",
+            before,
+            size(entry["bytes_up"]),
+            "",
+            "",
+            "",
+            plain(entry["closed"] or ""),
         )
         if entry["evaluation"]:
             continue
@@ -104,11 +120,11 @@ def _rounds(rounds: list[dict[str, Any]], losses: dict[int, float]) -> Table:
             trained = "loss_last" in member
             loss_text = f"{_loss(member['loss_first'])} → {_loss(member['loss_last'])}" if trained else ""
             table.add_row(
-                "", device, str(len(member["groups"])) if "groups" in member else "",
+                "", plain(device), str(len(member["groups"])) if "groups" in member else "",
                 " ".join(member.get("units", [])), size(member["update_bytes"]) if trained else "",
                 size(member["predicted_peak_bytes"]) if trained else "",
                 size(member["measured_peak_bytes"]) if trained else "", loss_text,
-                member.get("message", member["stage"]),
+                plain(member.get("message", member["stage"])),
             )  # fmt: skip
         table.add_section()
     return table

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63ommon/pb/admin.proto\x12\x0c\x66\x65\x64pruner.v1\"1\n\x0fStartRunRequest\x12\x0c\n\x04toml\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\t\"\x1c\n\rStartRunReply\x12\x0b\n\x03run\x18\x01 \x01(\t\"0\n\x11\x43ontrolRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\" \n\x0f\x43ontrolRunReply\x12\r\n\x05state\x18\x01 \x01(\t\"\x11\n\x0fListRunsRequest\"\x1d\n\rListRunsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1c\n\rStatusRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x16\n\x06Status\x12\x0c\n\x04json\x18\x01 \x01(\t\"E\n\x12\x43reateTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bttl_seconds\x18\x03 \x01(\r\"!\n\x10\x43reateTokenReply\x12\r\n\x05token\x18\x01 \x01(\t\"\x1d\n\rRevokeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1c\n\x0bRevokeReply\x12\r\n\x05\x63ount\x18\x01 \x01(\r2\xfc\x03\n\x05\x41\x64min\x12\x46\n\x08StartRun\x12\x1d.fedpruner.v1.StartRunRequest\x1a\x1b.fedpruner.v1.StartRunReply\x12L\n\nControlRun\x12\x1f.fedpruner.v1.ControlRunRequest\x1a\x1d.fedpruner.v1.ControlRunReply\x12\x46\n\x08ListRuns\x12\x1d.fedpruner.v1.ListRunsRequest\x1a\x1b.fedpruner.v1.ListRunsReply\x12>\n\tGetStatus\x12\x1b.fedpruner.v1.StatusRequest\x1a\x14.fedpruner.v1.Status\x12\x42\n\x0bWatchStatus\x12\x1b.fedpruner.v1.StatusRequest\x1a\x14.fedpruner.v1.Status0\x01\x12O\n\x0b\x43reateToken\x12 .fedpruner.v1.CreateTokenRequest\x1a\x1e.fedpruner.v1.CreateTokenReply\x12@\n\x06Revoke\x12\x1b.fedpruner.v1.RevokeRequest\x1a\x19.fedpruner.v1.RevokeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63ommon/pb/admin.proto\x12\x0c\x66\x65\x64pruner.v1\"1\n\x0fStartRunRequest\x12\x0c\n\x04toml\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\t\"\x1c\n\rStartRunReply\x12\x0b\n\x03run\x18\x01 \x01(\t\"0\n\x11\x43ontrolRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\" \n\x0f\x43ontrolRunReply\x12\r\n\x05state\x18\x01 \x01(\t\"\x11\n\x0fListRunsRequest\"\x1d\n\rListRunsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"F\n\rStatusRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0blast_rounds\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_round\x18\x03 \x01(\r\"\x16\n\x06Status\x12\x0c\n\x04json\x18\x01 \x01(\t\"E\n\x12\x43reateTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bttl_seconds\x18\x03 \x01(\r\"!\n\x10\x43reateTokenReply\x12\r\n\x05token\x18\x01 \x01(\t\"\x1d\n\rRevokeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1c\n\x0bRevokeReply\x12\r\n\x05\x63ount\x18\x01 \x01(\r2\xfc\x03\n\x05\x41\x64min\x12\x46\n\x08StartRun\x12\x1d.fedpruner.v1.StartRunRequest\x1a\x1b.fedpruner.v1.StartRunReply\x12L\n\nControlRun\x12\x1f.fedpruner.v1.ControlRunRequest\x1a\x1d.fedpruner.v1.ControlRunReply\x12\x46\n\x08ListRuns\x12\x1d.fedpruner.v1.ListRunsRequest\x1a\x1b.fedpruner.v1.ListRunsReply\x12>\n\tGetStatus\x12\x1b.fedpruner.v1.StatusRequest\x1a\x14.fedpruner.v1.Status\x12\x42\n\x0bWatchStatus\x12\x1b.fedpruner.v1.StatusRequest\x1a\x14.fedpruner.v1.Status0\x01\x12O\n\x0b\x43reateToken\x12 .fedpruner.v1.CreateTokenRequest\x1a\x1e.fedpruner.v1.CreateTokenReply\x12@\n\x06Revoke\x12\x1b.fedpruner.v1.RevokeRequest\x1a\x19.fedpruner.v1.RevokeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,17 +44,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTRUNSREPLY']._serialized_start=223
   _globals['_LISTRUNSREPLY']._serialized_end=252
   _globals['_STATUSREQUEST']._serialized_start=254
-  _globals['_STATUSREQUEST']._serialized_end=282
-  _globals['_STATUS']._serialized_start=284
-  _globals['_STATUS']._serialized_end=306
-  _globals['_CREATETOKENREQUEST']._serialized_start=308
-  _globals['_CREATETOKENREQUEST']._serialized_end=377
-  _globals['_CREATETOKENREPLY']._serialized_start=379
-  _globals['_CREATETOKENREPLY']._serialized_end=412
-  _globals['_REVOKEREQUEST']._serialized_start=414
-  _globals['_REVOKEREQUEST']._serialized_end=443
-  _globals['_REVOKEREPLY']._serialized_start=445
-  _globals['_REVOKEREPLY']._serialized_end=473
-  _globals['_ADMIN']._serialized_start=476
-  _globals['_ADMIN']._serialized_end=984
+  _globals['_STATUSREQUEST']._serialized_end=324
+  _globals['_STATUS']._serialized_start=326
+  _globals['_STATUS']._serialized_end=348
+  _globals['_CREATETOKENREQUEST']._serialized_start=350
+  _globals['_CREATETOKENREQUEST']._serialized_end=419
+  _globals['_CREATETOKENREPLY']._serialized_start=421
+  _globals['_CREATETOKENREPLY']._serialized_end=454
+  _globals['_REVOKEREQUEST']._serialized_start=456
+  _globals['_REVOKEREQUEST']._serialized_end=485
+  _globals['_REVOKEREPLY']._serialized_start=487
+  _globals['_REVOKEREPLY']._serialized_end=515
+  _globals['_ADMIN']._serialized_start=518
+  _globals['_ADMIN']._serialized_end=1026
 # @@protoc_insertion_point(module_scope)

@@ -43,10 +43,14 @@ class ListRunsReply(_message.Message):
     def __init__(self, json: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ("run",)
+    __slots__ = ("run", "last_rounds", "first_round")
     RUN_FIELD_NUMBER: _ClassVar[int]
+    LAST_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROUND_FIELD_NUMBER: _ClassVar[int]
     run: str
-    def __init__(self, run: _Optional[str] = ...) -> None: ...
+    last_rounds: int
+    first_round: int
+    def __init__(self, run: _Optional[str] = ..., last_rounds: _Optional[int] = ..., first_round: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("json",)

@@ -101,3 +101,19 @@ def test_devices_that_have_not_answered_or_cannot():
     assert made["devices"]["a"]["refusal"] == "too small" and made["devices"]["z"]["refusal"] == "has not answered yet"
     text = shown(status_view(made))
     assert "too small" in text and "has not answered yet" in text and MANIFEST.layers == 4
+
+
+@pytest.mark.parametrize("words", ["no such directory [/data/models]", "raise [budget]", "red \x1b[31m\x9b and\nmore"])
+def test_the_words_of_a_device_are_shown_and_not_obeyed(words):
+    """Square brackets are no markup, and control characters don't reach the terminal."""
+    shell = opened()
+    shell.do(e.DeviceDropped("r", shell.key, "a", "DataError", words))
+    made = whole(shell.machine, problem=words)
+    made["paused"] = made["current"]["closed"] = words
+    del made["current"]["devices"]["b"]
+    made["devices"]["b"]["refusal"] = words
+    text = shown(status_view(made))
+    told = "".join(c if c.isprintable() else " " for c in words)
+    assert text.count(told) == 6, text  # problem, paused, two devices, the round, a's outcome in it
+    assert text.isprintable() or set(text) - {"\n"} == {c for c in text if c.isprintable()}
+    assert told in shown(runs_table([run_summary(shell.machine) | {"model": words}]))

@@ -1,0 +1,76 @@
+"""The status of a long run with many devices: small enough for a message, and whole for whoever asks for all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+
+import numpy as np
+import pytest
+from server_side import MANIFEST, Server, plan_report, run_toml
+from test_server_cli import cli
+
+from common.types import ObjectRef, TaskKey, UnitId, UpdateMetrics
+from fp_server import events as e
+from fp_server.log import Database
+from fp_server.operator import Operator
+
+ROUNDS, NAMES = 300, tuple(f"device-{i:02}" for i in range(20))
+RUN = "toy-run"
+EMPTY = np.empty((0, 0), np.float32)
+
+
+def long_run():
+    """The events of 300 rounds with 20 devices and groups as large as a model of 30 layers has."""
+    yield e.RunStarted(RUN, run_toml(rounds=ROUNDS, final_evaluation=False), MANIFEST)
+    yield from (e.PlanReceived(RUN, name, plan_report(RUN), 40) for name in NAMES)
+    groups = tuple(tuple(UnitId(i) for i in range(j, 30, 10)) for j in range(10))
+    probabilities = tuple((0.123456, 0.345678, 0.530866) for _ in groups)
+    for index in range(ROUNDS):
+        key = TaskKey(RUN, index, 0)
+        yield e.RoundOpened(RUN, key, NAMES, NAMES)
+        for name in NAMES:
+            yield e.ProbeReceived(RUN, key, name, EMPTY, EMPTY.ravel(), 2.0 - index / 1000, 100, 1, 1.0)
+            yield e.Assigned(RUN, key, name, tuple(g[0] for g in groups), groups, probabilities, 0, 0, 1, True)
+            yield e.UpdateAccepted(RUN, key, name, ObjectRef(f"{index:032x}{name:0<32}"[:64], 10), UpdateMetrics())
+        yield e.RoundClosed(RUN, key, True, "quorum")
+        yield e.RoundCommitted(RUN, key, (), (), dict.fromkeys(NAMES, 40), 1, 1)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    one = Server(tmp_path_factory.mktemp("long") / "server", ())
+    database = Database(one.directory / "log.sqlite")
+    rows = [(event.run, 0.0, *e.encode(event)) for event in long_run()]
+    database.run(lambda c: c.executemany("INSERT INTO events (run, time, kind, body) VALUES (?, ?, ?, ?)", rows))
+    database.close()
+    one.start()
+    yield one
+    assert one.stop() == 0
+
+
+def test_the_status_and_the_watch_of_a_long_run_fit_into_a_message(server):
+    status = asyncio.run(server.status())
+    assert len(json.dumps(status)) < 1 << 20
+    assert [entry["round"] for entry in status["history"]] == list(range(291, 301))
+    assert status["history_first"] == 291 and status["history_total"] == 300
+    assert len(status["loss"]) == ROUNDS and status["loss"][-1]["loss"] == pytest.approx(1.701)
+
+    async def first(last):
+        async with contextlib.aclosing(Operator(server.directory).watch("", last)) as watch:
+            async for seen in watch:
+                return seen
+
+    assert asyncio.run(first(0))["history_first"] == 291
+    assert 1 < asyncio.run(first(2**32 - 1))["history_first"] < 291
+
+
+def test_all_of_it_comes_in_pages(server):
+    said = json.loads(cli("status", "--dir", server.directory, "--json", "--rounds", "all"))
+    assert [entry["round"] for entry in said["history"]] == list(range(1, 301)) and said["history_first"] == 1
+    assert all(len(entry["devices"]["device-07"]["groups"]) == 10 for entry in said["history"])
+    said = json.loads(cli("status", "--dir", server.directory, "--json", "--rounds", "250"))
+    assert [entry["round"] for entry in said["history"]] == list(range(51, 301))
+    assert "290 earlier rounds" in cli("status", "--dir", server.directory)
+    assert "--rounds" in cli("status", "--dir", server.directory, "--rounds", "few", code=2)
