@@ -16,6 +16,7 @@ The tree::
     │   ├── UpdateRejected            exit 8   INVALID_ARGUMENT     an upload that fails its assignment
     │   ├── AlreadyDone               exit 8   ALREADY_EXISTS       a second, different upload
     │   ├── TooLate                   exit 8   FAILED_PRECONDITION  the round has moved on
+    │   ├── OffsetError               exit 8   ABORTED              a push that begins at another byte than is expected
     │   └── DigestError               exit 8   DATA_LOSS            bytes that are not what they claim
     ├── NotFound                      exit 9   NOT_FOUND            a run, object or device unknown here
     ├── PolicyError                   exit 10  PERMISSION_DENIED    the device's policy file says no
@@ -116,6 +117,12 @@ class AlreadyDone(ProtocolError):
 
 class TooLate(ProtocolError):
     """The round this belongs to is closed."""
+
+
+class OffsetError(ProtocolError):
+    """A push begins at another byte than the server expects; asking for the offset again mends it."""
+
+    status = "ABORTED"
 
 
 class DigestError(ProtocolError):

@@ -21,9 +21,10 @@ from common.errors import (
     FingerprintError,
     IdentityError,
     InUseError,
-    ProtocolError,
+    NotFound,
     TooLate,
     UnreachableError,
+    UpdateRejected,
     WorkerError,
 )
 from common.transport.wire import Backoff
@@ -38,7 +39,11 @@ from fp_client.state import Outbox, Runs
 log = logging.getLogger(__name__)
 
 SETTLED_SECONDS = 30.0
-"""A session that has lived this long, or brought a message, counts as a success for the backoff."""
+"""A session that has lived this long counts as a success for the backoff, whatever ended it. So does one in which a task
+was done, and one that brought a message before the server went away."""
+
+NO_USE = (UpdateRejected, TooLate, AlreadyDone, NotFound)
+"""After these the server would refuse the same update again; whatever else a push ends with, the update is kept for another."""
 
 OnProgress = Callable[[str, int, int], None]
 Task = ProbeTask | Assignment
@@ -85,15 +90,17 @@ class Agent:
         self._reports: dict[str, tuple[RunSpec, PlanReport]] = {}
         self._one = asyncio.Lock()
         self._progress = ("", 0, 0)
+        self._heard = self._worked = False
 
     async def run(self) -> None:
         """Stay connected. Raises UnreachableError after bounded tries, IdentityError, ProtocolError (other schema)."""
         failures = 0
         try:
             while True:
-                begin, self._heard = monotonic(), False
+                begin, self._heard, self._worked = monotonic(), False, False
                 error = await self._one_session()
-                if isinstance(error, UnreachableError) and (self._heard or monotonic() - begin > SETTLED_SECONDS):
+                away = isinstance(error, UnreachableError)
+                if self._worked or (away and self._heard) or monotonic() - begin > SETTLED_SECONDS:
                     failures = 0
                 failures += 1
                 if failures >= self._backoff.attempts:
@@ -214,13 +221,14 @@ class Agent:
                     await self._probe(spec, said)
                 else:
                     await self._train(spec, said)
+                self._worked = True
                 log.info("%s: done", where)
         except (TooLate, AlreadyDone) as error:
             log.warning("%s: the server has no use for it any more: %s", where, error)
             self._outbox.drop_task(key)
         except FedPrunerError as error:
             log.error("%s: failed: %s: %s", where, type(error).__name__, error)
-            if isinstance(error, ProtocolError):  # the server refused these bytes; it would again
+            if isinstance(error, NO_USE):
                 self._outbox.drop_task(key)
             await self._tell(TaskFailed(key, type(error).__name__, str(error)))
         except Exception as error:

@@ -1,6 +1,7 @@
 """Objects between device and server: fetch and push, in chunks, each going on from the byte that arrived last.
 
-Retries are bounded: the count begins anew only after at least a chunk has got through.
+Retries are bounded: the count begins anew only after at least a chunk has got through. A server that is away and one whose
+disk is full are waited for alike.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import grpc.aio
 
-from common.errors import DigestError, FedPrunerError, ProtocolError, UnreachableError
+from common.errors import DigestError, FedPrunerError, OffsetError, ProtocolError, StorageError, UnreachableError
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde, wire
 from common.types import ObjectRef, UpdateReady
@@ -21,6 +22,15 @@ from fp_client.rpc import ANSWER_SECONDS, Connection
 
 MAX_OBJECT = 4 << 30
 """No adapter object is larger; a server that announces more is refused before a byte is fetched."""
+
+WAITED_OUT = (UnreachableError, StorageError)
+"""What only time can mend, where the server says it; the same StorageError about this device's own disk is final."""
+
+ASKED_AGAIN = (OffsetError, DigestError)
+"""What another `Offset` mends: a cut stream's last bytes came in meanwhile, or what had arrived was damaged and dropped."""
+
+AGAIN = 5
+"""Times in a row a push asks again for such a reason."""
 
 OnBytes = Callable[[int, int], None]
 """(bytes done, bytes in all)."""
@@ -36,7 +46,8 @@ class Transfer:
     async def fetch(self, ref: ObjectRef, target: Path, progress: OnBytes = lambda done, total: None) -> None:
         """Fetch an object into `target`, going on from ``<target>.part`` where one is left.
 
-        Raises DigestError when the bytes are not what was announced, twice; NotFound, UnreachableError, StorageError.
+        Raises DigestError when the bytes are not what was announced, twice; NotFound; UnreachableError and the server's
+        StorageError after bounded tries; StorageError about this device's disk at once.
         """
         if ref.size > MAX_OBJECT:
             raise ProtocolError(f"object {ref.digest[:12]}: {ref.size} bytes is more than any adapter object ({MAX_OBJECT})")
@@ -52,7 +63,10 @@ class Transfer:
                 corrupt += 1
                 if corrupt == 2:
                     raise
-            except UnreachableError as error:
+            except (grpc.aio.AioRpcError, UnreachableError) as raw:
+                error = await self.connection.translate(raw) if isinstance(raw, grpc.aio.AioRpcError) else raw
+                if not isinstance(error, WAITED_OUT):
+                    raise error from None
                 tries = await self._pause(tries, part.stat().st_size - before if part.exists() else 0, error)
         part.replace(target)
 
@@ -75,8 +89,6 @@ class Transfer:
                         out.write(chunk.data)
                         digest.update(chunk.data)
                         progress(done, ref.size)
-                except grpc.aio.AioRpcError as error:
-                    raise await self.connection.translate(error) from None
                 finally:
                     call.cancel()
                 out.flush()
@@ -90,9 +102,10 @@ class Transfer:
     async def push(self, ready: UpdateReady, path: Path, progress: OnBytes = lambda done, total: None) -> bool:
         """Push an update, going on from what the server has. True when it had been accepted before.
 
-        Raises TooLate, AlreadyDone, UpdateRejected, DigestError, UnreachableError after bounded tries.
+        Raises TooLate, AlreadyDone, UpdateRejected, NotFound, and after bounded tries UnreachableError, OffsetError,
+        DigestError and the server's StorageError; StorageError when the update can't be read here.
         """
-        tries, best = 0, 0
+        tries, again, best = 0, 0, 0
         while True:
             try:
                 request = objects_pb2.OffsetRequest(key=serde.key_to_pb(ready.key), ref=serde.ref_to_pb(ready.ref))
@@ -101,15 +114,20 @@ class Transfer:
                     return True
                 if reply.offset > ready.ref.size:
                     raise ProtocolError(f"the server asks for byte {reply.offset} of an update of {ready.ref.size}")
-                tries = 0 if reply.offset >= best + wire.CHUNK else tries
+                if reply.offset >= best + wire.CHUNK:
+                    tries = again = 0
                 best = max(best, reply.offset)
                 done = await self._stub.Push(_pieces(ready, reply.offset, path, progress))
                 return bool(done.duplicate)
             except grpc.aio.AioRpcError as raw:
                 error = await self.connection.translate(raw)
-                if not isinstance(error, UnreachableError):
+                if isinstance(error, ASKED_AGAIN) and again < AGAIN:
+                    again += 1
+                    await asyncio.sleep(self.connection.backoff.delay(again - 1))
+                elif isinstance(error, WAITED_OUT):
+                    tries = await self._pause(tries, 0, error)
+                else:
                     raise error from None
-                tries = await self._pause(tries, 0, error)
 
     async def _pause(self, tries: int, progressed: int, error: FedPrunerError) -> int:
         """Wait before the next try; its number, begun anew after real progress. Raises when the tries are used up."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc.aio
 
-from common.errors import FedPrunerError, NotFound, ProtocolError
+from common.errors import FedPrunerError, NotFound, OffsetError, ProtocolError
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer
@@ -112,7 +112,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         have = await asyncio.to_thread(arrival.open)
         try:
             if offset != have:
-                raise ProtocolError(f"the push begins at byte {offset}, expected {have}; ask Offset first")
+                raise OffsetError(f"the push begins at byte {offset}, expected {have}; ask Offset first")
             await self._append(device, ready, arrival, context)
         finally:
             await asyncio.shield(asyncio.to_thread(arrival.close))

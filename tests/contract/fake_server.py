@@ -107,6 +107,8 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
         self.pushes = 0
         self.accepted: dict[str, bytes] = {}
         self.error: FedPrunerError | None = None
+        self.fetch_errors: list[FedPrunerError] = []
+        self.push_errors: list[FedPrunerError] = []
         self.lose_replies = 0
 
     def put(self, data: bytes) -> Any:
@@ -118,6 +120,8 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
 
     async def Fetch(self, request, context):  # noqa: N802
         self.offsets.append(request.offset)
+        if self.fetch_errors:
+            await wire.abort(context, self.fetch_errors.pop(0))
         data = self.objects[request.digest]
         end = self.cuts.pop(0) if self.cuts else len(data)
         for start in range(request.offset, end, wire.CHUNK):
@@ -134,6 +138,8 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
 
     async def Push(self, requests, context):  # noqa: N802
         self.pushes += 1
+        if self.push_errors:
+            await wire.abort(context, self.push_errors.pop(0))
         header = None
         cut = self.cuts.pop(0) if self.cuts else None
         async for message in requests:

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 from fake_server import serving
 
-from common.errors import BudgetError, DataError, IdentityError, ProtocolError, TooLate, UnreachableError, WorkerError
+from common.errors import (
+    BudgetError,
+    DataError,
+    DigestError,
+    IdentityError,
+    OffsetError,
+    ProtocolError,
+    StorageError,
+    TooLate,
+    UnreachableError,
+    UpdateRejected,
+    WorkerError,
+)
 from common.pb import session_pb2
 from common.transport import serde, wire
 from common.types import (
@@ -318,6 +330,53 @@ def test_an_update_not_pushed_survives_a_restart_and_is_not_trained_again(tmp_pa
             await again.until(lambda: server.objects.accepted)
             assert again.work.begun == []
             assert list(server.objects.accepted.values()) == [b"update of " + str(KEY).encode()]
+
+    against(tmp_path, body)
+
+
+@pytest.mark.parametrize("kind", [OffsetError, DigestError, StorageError, ProtocolError])
+def test_no_refusal_but_a_final_one_costs_the_trained_update(tmp_path, kind):
+    async def body(server):
+        server.objects.push_errors = [kind("not now")] * 50
+        async with Device(server, tmp_path) as device:
+            await device.joins()
+            await device.hears("assignment", assignment())
+            failed = await server.sessions.next("failed")
+            assert (failed.error, failed.message) == (kind.__name__, "not now")
+            server.objects.push_errors = []
+            await device.hears("assignment", assignment())
+            await device.until(lambda: server.objects.accepted)
+            assert device.work.begun.count("train") == 1
+
+    against(tmp_path, body)
+
+
+def test_a_rejected_update_is_dropped(tmp_path):
+    async def body(server):
+        server.objects.push_errors = [UpdateRejected("layers.0 holds NaN")]
+        async with Device(server, tmp_path) as device:
+            await device.joins()
+            await device.hears("assignment", assignment())
+            assert (await server.sessions.next("failed")).error == "UpdateRejected"
+            assert not list((tmp_path / "outbox").glob("*"))
+
+    against(tmp_path, body)
+
+
+def test_a_cancel_ends_the_wait_for_a_full_disk(tmp_path):
+    async def body(server):
+        server.objects.push_errors = [StorageError("full")] * 10_000
+        async with Device(server, tmp_path) as device:
+            device.connection.backoff = replace(QUICK, attempts=10_000)
+            await device.joins()
+            await device.hears("assignment", assignment())
+            await device.until(lambda: server.objects.pushes > 3)
+            await device.hears("cancel", KEY)
+            await device.until(lambda: device.agent._task is None)
+            pushes = server.objects.pushes
+            await device.hears("probe", probe_task(key=replace(KEY, round=1)))
+            await server.sessions.next("probe")
+            assert server.objects.pushes == pushes and not list((tmp_path / "outbox").glob("*"))
 
     against(tmp_path, body)
 

@@ -18,6 +18,8 @@ from common.pb import objects_pb2, objects_pb2_grpc
 from common.tensorfile import write_tensors
 from common.transport import serde
 from common.types import LoraBlock, TaskKey
+from fp_client.rpc import Connection
+from fp_client.rpc_objects import Transfer
 
 
 def bytes_of(device, blocks):
@@ -158,8 +160,8 @@ def test_transfers_that_are_not_what_they_announce(server):
             offset = await stub.Offset(objects_pb2.OffsetRequest(key=stub_key, ref=serde.ref_to_pb(ready.ref)), timeout=20)
             assert (offset.offset, offset.accepted) == (700, False)
             # from a place the server is not at
-            name, _, said = await refusal(lambda: push(channel, serde.ready_to_pb(ready, 600), [data[600:]]))
-            assert name == "ProtocolError" and "begins at byte 600, expected 700" in said
+            name, code, said = await refusal(lambda: push(channel, serde.ready_to_pb(ready, 600), [data[600:]]))
+            assert (name, code) == ("OffsetError", grpc.StatusCode.ABORTED) and "begins at byte 600, expected 700" in said
             # more than announced
             short = ready_for(assignment.key, data, size=len(data) - 100)
             name, _, said = await refusal(lambda: push(channel, serde.ready_to_pb(short, 700), [data[700:]]))
@@ -279,6 +281,57 @@ def test_a_push_after_the_round_closed_is_too_late(server):
     ((name, code, text),) = said
     assert (name, code) == ("TooLate", grpc.StatusCode.FAILED_PRECONDITION) and "no longer counts" in text
     assert status["history"][0]["weights"] == {"alice": 40}
+
+
+def test_a_resumed_push_outlives_what_its_half_open_predecessor_still_sends(server, tmp_path):
+    """Between Offset and Push the older stream appends: the device asks again, and nothing that arrived is sent twice."""
+    offsets, first_bytes = [], []
+
+    async def make(assignment, device):
+        data = device.honest(assignment)
+        if assignment.key.round:
+            return data
+        path = tmp_path / "update"
+        path.write_bytes(data)
+        ready = ready_for(assignment.key, data)
+        partial = server.directory / "partial" / "bob" / ready.ref.digest
+
+        async def stored(size):
+            async with asyncio.timeout(10):
+                while not partial.exists() or partial.stat().st_size < size:  # noqa: ASYNC110  another process makes it
+                    await asyncio.sleep(0.02)
+
+        async with server.channel("bob") as channel:
+            older = objects_pb2_grpc.ObjectsStub(channel).Push(timeout=20)
+            await older.write(objects_pb2.PushMessage(header=serde.ready_to_pb(ready, 0)))
+            await older.write(objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=data[:500])))
+            await stored(500)
+            connection = Connection(server.devices / "bob", server.address)
+            transfer = Transfer(connection)
+            ask = transfer._stub.Offset
+
+            async def offset(request, timeout):
+                reply = await ask(request, timeout=timeout)
+                offsets.append(reply.offset)
+                if len(offsets) == 1:
+                    await older.write(objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=data[500:800])))
+                    await stored(800)
+                return reply
+
+            transfer._stub.Offset = offset
+            try:
+                duplicate = await transfer.push(ready, path, lambda done, total: first_bytes.append(done))
+            finally:
+                await connection.close()
+            assert not duplicate
+        return data
+
+    async def main():
+        return await whole_run(server, [Device(server, "alice"), Device(server, "bob", make=make)], run_toml())
+
+    status = asyncio.run(main())
+    assert offsets == [500, 800], "asked again once, and told what the older stream had brought"
+    assert status["state"] == "finished" and status["history"][0]["weights"] == {"alice": 40, "bob": 40}
 
 
 def test_a_second_push_of_the_same_device_takes_the_first_ones_place(server):

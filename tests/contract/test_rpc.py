@@ -10,13 +10,22 @@ import pytest
 from fake_ca import FakeCa
 from fake_server import serving
 
-from common.errors import DigestError, IdentityError, ProtocolError, TooLate, UnreachableError
+from common.errors import (
+    DigestError,
+    IdentityError,
+    OffsetError,
+    ProtocolError,
+    StorageError,
+    TooLate,
+    UnreachableError,
+    UpdateRejected,
+)
 from common.pb import session_pb2
 from common.transport import serde, wire
 from common.types import ObjectRef, Progress, TaskKey, UpdateMetrics, UpdateReady
 from fp_client.cache import ObjectCache, file_digest
 from fp_client.rpc import Cancel, Connection, RunEnded
-from fp_client.rpc_objects import MAX_OBJECT, Transfer
+from fp_client.rpc_objects import AGAIN, MAX_OBJECT, Transfer
 
 QUICK = wire.Backoff(first=0.01, longest=0.02, attempts=4)
 KEY = TaskKey("r", 0, 0)
@@ -252,6 +261,48 @@ def test_push_gives_up_after_bounded_tries(tmp_path):
         with pytest.raises(UnreachableError):
             await Transfer(connection).push(ready, path)
         assert server.objects.pushes == QUICK.attempts
+
+    with_server(tmp_path, body)
+
+
+@pytest.mark.parametrize("kind", [OffsetError, DigestError, StorageError])
+def test_a_push_asks_again_when_that_mends_it(tmp_path, kind):
+    async def body(server, connection):
+        ready, path = update(tmp_path, 2 * wire.CHUNK + 5)
+        server.objects.push_errors = [kind("once")] * 3
+        assert await Transfer(connection).push(ready, path) is False
+        assert server.objects.pushes == 4 and server.objects.accepted[ready.ref.digest] == path.read_bytes()
+
+    with_server(tmp_path, body)
+
+
+@pytest.mark.parametrize(("kind", "pushes"), [(OffsetError, AGAIN + 1), (StorageError, QUICK.attempts), (UpdateRejected, 1)])
+def test_a_push_asks_again_only_so_often(tmp_path, kind, pushes):
+    async def body(server, connection):
+        server.objects.push_errors = [kind("for ever")] * 100
+        with pytest.raises(kind, match="for ever"):
+            await Transfer(connection).push(*update(tmp_path, 10))
+        assert server.objects.pushes == pushes
+
+    with_server(tmp_path, body)
+
+
+def test_a_fetch_waits_for_the_servers_disk_but_not_for_its_own(tmp_path):
+    async def body(server, connection):
+        data = data_of(3000)
+        ref = server.objects.put(data)
+        server.objects.fetch_errors = [StorageError("the server's disk is full")] * (QUICK.attempts - 1)
+        await Transfer(connection).fetch(ref, tmp_path / "object")
+        assert (tmp_path / "object").read_bytes() == data
+        fetches = len(server.objects.offsets)
+        assert fetches == QUICK.attempts
+        with pytest.raises(StorageError, match="can't be written"):
+            await Transfer(connection).fetch(ref, tmp_path / "missing" / "other")
+        assert len(server.objects.offsets) == fetches
+        server.objects.fetch_errors = [StorageError("for ever")] * 100
+        with pytest.raises(StorageError, match="for ever"):
+            await Transfer(connection).fetch(ref, tmp_path / "third")
+        assert len(server.objects.offsets) == fetches + QUICK.attempts
 
     with_server(tmp_path, body)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 
 import grpc
@@ -24,8 +25,9 @@ TOML = run_toml(rounds=1, min_devices=1, final_evaluation=False, lora_rank=1024)
 
 
 def test_200_mib_cut_at_a_random_offset_go_on_from_there(server):
-    place = random.Random()
-    cut_after = place.randrange(20, 180)
+    seed = int(os.environ.get("FEDPRUNER_SEED", random.randrange(1 << 32)))
+    cut_after = random.Random(seed).randrange(20, 180)
+    print(f"cut after {cut_after} MiB; again with FEDPRUNER_SEED={seed}")
     sent = [0, 0]
     stored = []
 
