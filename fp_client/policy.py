@@ -42,6 +42,11 @@ class Policy(Section):
             raise PolicyError(f"{FILE}: models: {spec.model!r} is not among the allowed ({', '.join(self.models) or 'none'})")
         _at_most("max_rounds", self.max_rounds, "rounds", spec.rounds)
         _at_most("max_rank", self.max_rank, "a broadcast rank of", spec.broadcast_rank)
+        if not self.upload_similarity:
+            raise PolicyError(
+                f"{FILE}: upload_similarity is false, and without its similarity matrix this device can't be given layers in any "
+                f"round of method {spec.method!r}"
+            )
         self._check_train(spec.train)
         self._check_shape(spec.probe.batch_size, spec.probe.sequence_length)
 
@@ -54,7 +59,8 @@ class Policy(Section):
 
     def check_probe(self, task: ProbeTask) -> None:
         """May this be measured and told?"""
-        _at_most("max_rounds", self.max_rounds, "rounds", task.key.round + 1)
+        # A round that only measures comes once after the last that trains.
+        _at_most("max_rounds", self.max_rounds, "rounds", task.key.round + (1 if task.similarity else 0))
         self._check_shape(task.spec.batch_size, task.spec.sequence_length)
         if task.similarity and not self.upload_similarity:
             raise PolicyError(f"{FILE}: upload_similarity is false, and the server asks for the similarity matrix")

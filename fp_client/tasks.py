@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.blocks import block_names, key, read_block, write_blocks
@@ -21,7 +23,7 @@ from fp_client import batches as data
 from fp_client import measure, memory, planner
 from fp_client.loader import UnitLoader
 from fp_client.messages import AdapterFile, CheckArgs, CheckResult, ProbeArgs, TrainArgs, TrainResult, WorkerConfig
-from fp_client.probe import probe
+from fp_client.probe import ProbeResult, probe
 from fp_client.shapes import shape_of
 from fp_client.submodel import load_submodel
 from fp_client.train import check_spec, train
@@ -85,6 +87,22 @@ def load_tokenizer(directory: str) -> Any:
         raise ModelError(f"{directory}: its tokenizer can't be loaded: {str(error)[:300]}") from None
     tokenizer.model_max_length = 1 << 30  # windows are the run's to set; no warning about long texts
     return tokenizer
+
+
+def check_finite(found: ProbeResult, where: str, dtype: str) -> None:
+    """Raises ModelError when the probe came out as NaN or infinite: such a report must not be sent."""
+    bad = [
+        what
+        for what, values in (("similarity", found.similarity), ("input-output similarity", found.in_out))
+        if not np.isfinite(values).all()
+    ]
+    if found.tokens and not math.isfinite(found.loss):
+        bad.insert(0, f"held-out loss ({found.loss})")
+    if bad:
+        raise ModelError(
+            f"{where}: the full model's {' and '.join(bad)} is not finite: its weights or the broadcast adapter hold NaN, "
+            f"infinite or too large values for {dtype}"
+        )
 
 
 class Tasks:
@@ -161,6 +179,7 @@ class Tasks:
                 micro_rows=chosen.micro_rows, pass_rows=chosen.pass_rows, progress=collecting(progress),
             )  # fmt: skip
         seconds = time.monotonic() - begin
+        check_finite(found, f"run {args.task.key.run}, round {args.task.key.round + 1}", self.config.dtype)
         return ProbeReport(
             args.task.key, found.similarity, found.in_out, found.loss if found.tokens else 0.0, found.tokens, peak.bytes, seconds
         )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from common.errors import DataError, ProtocolError
@@ -59,7 +60,7 @@ def train(
 
     The loss of a step is the mean over the batch's response tokens; micro-batches are weighted by their tokens, so the
     result does not depend on their size beyond rounding. Raises DataError when a batch has no response token, or the
-    batches run out, or the loss is not finite.
+    batches run out, or loss or adapter come out as NaN or infinite.
     """
     check_spec(spec)
     torch.manual_seed(spec.seed)  # only a LoRA dropout draws from it
@@ -91,4 +92,11 @@ def train(
         if progress is not None:
             progress("train", step + 1, spec.steps)
     seconds = time.monotonic() - begin
-    return TrainResult(submodel.blocks(), losses[0], losses[-1], tokens / max(seconds, 1e-9), seconds)
+    blocks = submodel.blocks()
+    for block in blocks:
+        if not (np.isfinite(block.a).all() and np.isfinite(block.b).all()):
+            raise DataError(
+                f"layer {block.layer + 1}, {block.module}: its adapter holds NaN or infinite values after {spec.steps} steps; "
+                "lower the learning rate"
+            )
+    return TrainResult(blocks, losses[0], losses[-1], tokens / max(seconds, 1e-9), seconds)

@@ -428,6 +428,7 @@ def test_a_late_update_is_dropped_without_complaint(tmp_path):
         (Policy(max_steps=1), "max_steps"),
         (Policy(min_samples=41), "min_samples"),
         (Policy(max_rounds=2), "max_rounds"),
+        (Policy(upload_similarity=False), "upload_similarity"),
     ],
 )
 def test_the_policy_refuses_a_run(tmp_path, policy, why):
@@ -441,12 +442,13 @@ def test_the_policy_refuses_a_run(tmp_path, policy, why):
 
 def test_the_policy_refuses_tasks_beyond_what_the_plan_said(tmp_path):
     async def body(server):
-        async with Device(server, tmp_path, policy=Policy(max_steps=2, upload_similarity=False)) as device:
+        async with Device(server, tmp_path, policy=Policy(max_steps=2)) as device:
             await device.joins()
             await device.hears("assignment", assignment(spec=replace(TRAIN, steps=3)))
             assert "max_steps" in (await server.sessions.next("failed")).message
-            await device.hears("probe", probe_task())
-            assert "upload_similarity" in (await server.sessions.next("failed")).message
+            long = probe_task()
+            await device.hears("probe", replace(long, spec=replace(long.spec, sequence_length=5000)))
+            assert "max_sequence_length" in (await server.sessions.next("failed")).message
             assert device.work.begun == ["plan"]
 
     against(tmp_path, body)
@@ -522,6 +524,28 @@ def test_the_daemon_outlives_a_server_restart(tmp_path):
             await server.stop()
             await server.start()
             await device.until(lambda: server.sessions.opened == 2)
+
+    against(tmp_path, body)
+
+
+def test_a_session_in_which_a_task_was_done_begins_the_count_of_failures_anew(tmp_path):
+    """Whatever ended it: here a message that this device does not know."""
+
+    async def body(server):
+        async with Device(server, tmp_path) as device:
+            await device.joins()
+            for number in range(2 * QUICK.attempts):
+                await device.hears("probe", probe_task(key=replace(KEY, round=number)))
+                await server.sessions.next("probe")
+                await server.sessions.tell.put(session_pb2.ServerMessage())
+                await device.until(lambda wanted=number + 2: server.sessions.opened == wanted)
+            assert not device.running.done()
+            for _ in range(QUICK.attempts - 1):
+                seen = server.sessions.opened
+                await server.sessions.tell.put(session_pb2.ServerMessage())
+                await device.until(lambda seen=seen: server.sessions.opened > seen or device.running.done())
+            with pytest.raises(ProtocolError, match="unexpected message"):
+                await asyncio.wait_for(device.running, 20)
 
     against(tmp_path, body)
 

@@ -135,6 +135,13 @@ def test_tasks_are_held_to_the_policy_too():
     with pytest.raises(PolicyError, match="max_rounds"):
         Policy(max_rounds=3).check_assignment(task)
     probe = ProbeTask(KEY, SPEC.probe, ())
+    final = ProbeTask(replace(KEY, round=3), SPEC.probe, (), similarity=False)  # index = rounds: after the last that trains
+    Policy(max_rounds=3).check_probe(final)
+    for refused in (replace(final, similarity=True), replace(final, key=replace(KEY, round=4))):
+        with pytest.raises(PolicyError, match="max_rounds"):
+            Policy(max_rounds=3).check_probe(refused)
+    with pytest.raises(PolicyError, match="upload_similarity is false, and without"):
+        Policy(upload_similarity=False).check_plan(SPEC)
     with pytest.raises(PolicyError, match="upload_similarity"):
         Policy(upload_similarity=False).check_probe(probe)
     Policy(upload_similarity=False).check_probe(replace(probe, similarity=False))

@@ -124,6 +124,22 @@ def test_progress_and_running_out_of_batches(tmp_path: Path) -> None:
         train(loaded(directory), [empty], SPEC, 4)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_a_result(value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tiny.make("llama", tmp_path)
+    submodel, step = loaded(directory), torch.optim.AdamW.step
+
+    def broken(self: torch.optim.AdamW) -> None:
+        step(self)
+        with torch.no_grad():
+            submodel.trainable[0][0, 0] = value
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    once = replace(SPEC, steps=1)  # with more, the next step's loss would tell first
+    with pytest.raises(DataError, match=r"layer \d+, .*: its adapter holds NaN or infinite values after 1 steps"):
+        train(submodel, BATCHES, once, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -95,6 +95,25 @@ def test_check_probe_and_train_in_one_warm_process(config: WorkerConfig, tmp_pat
     with_worker(config, body)
 
 
+def test_a_probe_that_is_not_finite_is_a_named_error(config: WorkerConfig, tmp_path: Path) -> None:
+    """Weights of W_0 + ΔW too large for the dtype: a report of NaN would be refused by every server, for ever."""
+    path = tmp_path / "layer-2.safetensors"
+    huge = np.full((3, tiny.COMMON["hidden_size"]), 1e30, np.float32)
+    write_blocks(path, [LoraBlock(2, "self_attn.o_proj", huge, huge.T.copy())])
+    args = ProbeArgs(PROBE, (AdapterFile(2, str(path)),))
+    message = r"run run, round 1: the full model's held-out loss \(nan\) and similarity .*is not finite: .* for float32"
+
+    async def body(worker: Worker) -> None:
+        with pytest.raises(ModelError, match=message):
+            await worker.run("probe", args, ProbeReport)
+        only = replace(args, task=replace(PROBE, similarity=False))
+        with pytest.raises(ModelError, match=r"held-out loss \(nan\) is not finite"):
+            await worker.run("probe", only, ProbeReport)
+        assert np.isfinite((await worker.run("probe", ProbeArgs(PROBE, ()), ProbeReport)).loss)
+
+    with_worker(config, body)
+
+
 def test_nf4_is_quantized_once_and_kept(config: WorkerConfig, tmp_path: Path) -> None:
     quantized = replace(config, quantization=Quantization.NF4, cache=str(tmp_path / "cache"))
     with_worker(quantized, lambda worker: worker.run("train", TrainArgs(assignment(), (), str(tmp_path / "out")), TrainResult))
