@@ -43,11 +43,18 @@ class ProgressSeen:
 
 
 @dataclass(frozen=True)
+class PlanConfirmed:
+    """A device that was asked again can hold what it could before."""
+
+    device: str
+
+
+@dataclass(frozen=True)
 class Recovered:
     """The log has been folded again: say what is outstanding."""
 
 
-Stimulus = Tick | Connected | Disconnected | ProgressSeen | Recovered
+Stimulus = Tick | Connected | Disconnected | ProgressSeen | PlanConfirmed | Recovered
 
 
 @dataclass(frozen=True)

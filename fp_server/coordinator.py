@@ -21,6 +21,7 @@ from common.errors import (
     IdentityError,
     InUseError,
     NotFound,
+    ProtocolError,
     StorageError,
     TooLate,
     UnreachableError,
@@ -41,6 +42,7 @@ from fp_server.commands import (
     Command,
     Connected,
     Disconnected,
+    PlanConfirmed,
     ProgressSeen,
     Record,
     Recovered,
@@ -322,14 +324,29 @@ class Coordinator:
     async def plan_reported(self, device: str, report: PlanReport) -> None:
         """A device said what it can hold."""
         machine = self.active
-        if machine is None or report.run != machine.name:
+        if machine is None or report.run != machine.name or not machine.awaits_plan(device):
             return
         if not report.refusal and (problem := _plan_problem(report, machine.manifest)):
             report = replace(report, capacities=(), unit_bytes=(), refusal=problem)
         before = machine.plans.get(device)
         joined = before is not None and before.samples > 0
         samples = before.samples if before is not None and joined else min(report.samples, self.config.max_samples)
-        await self._insist(e.PlanReceived(machine.name, device, report, samples))
+        event = e.PlanReceived(machine.name, device, report, samples)
+        if event == before:  # nothing that a restart would have to know
+            await self.post(PlanConfirmed(device))
+        else:
+            await self._insist(event)
+
+    async def unreadable(self, device: str, plan: bool, error: ProtocolError) -> None:
+        """A device sent what does not decode: as a plan it is a refusal, during a task it is out of the round."""
+        logger.warning("device %s: %s", device, error)
+        machine = self.active
+        if machine is None:
+            return
+        if plan:
+            await self.plan_reported(device, PlanReport(machine.name, 0, "", (), (), 0, f"its plan can't be read: {error}"))
+        elif machine.current is not None:
+            await self.reject(device, machine.current.opened.key, error)
 
     async def probe_reported(self, device: str, r: ProbeReport) -> None:
         """A device's probe came in. Raises ProtocolError when its matrix is not the model's."""
@@ -374,8 +391,8 @@ class Coordinator:
 
     async def reject(self, device: str, key: TaskKey, error: FedPrunerError) -> None:
         """An update failed its checks: the device is out of this round."""
-        logger.warning("update of %s for round %d rejected: %s", device, key.round + 1, error)
         if self._expected(device, key):
+            logger.warning("what %s sent for round %d is rejected: %s", device, key.round + 1, error)
             await self._insist(e.DeviceDropped(key.run, key, device, type(error).__name__, str(error)))
 
     async def accept(self, device: str, ready: UpdateReady) -> bool:

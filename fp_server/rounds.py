@@ -29,6 +29,7 @@ from fp_server.commands import (
     Command,
     Connected,
     Disconnected,
+    PlanConfirmed,
     ProgressSeen,
     Record,
     Recovered,
@@ -85,6 +86,11 @@ class RunMachine:
         capacity = plan.report.capacity(self.config.train.gradient) if plan is not None else None
         return capacity if capacity is not None and capacity.units > 0 else None
 
+    def awaits_plan(self, device: str) -> bool:
+        """Whether the device was asked what it can hold; a plan nobody asked for changes nothing."""
+        free = self.current is None or self.current.closed is not None or self._idle(device)
+        return self.ended is None and free and (device in self.stale or device not in self.plans)
+
     def objects(self) -> tuple[UnitObject, ...]:
         """The broadcast adapter, an object a layer, as the current round began with it."""
         return tuple(UnitObject(layer, ref) for layer, ref in sorted(self.broadcast.items()))
@@ -135,6 +141,8 @@ class RunMachine:
         match happening:
             case e.PlanReceived():
                 self.plans[happening.device] = happening
+                self.stale.discard(happening.device)
+            case PlanConfirmed():
                 self.stale.discard(happening.device)
             case e.RoundOpened():
                 self._on_opened(happening, now, out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from collections.abc import Coroutine
 from typing import Any
 
 import grpc.aio
@@ -18,6 +20,8 @@ from fp_server.coordinator import Coordinator, Session
 from fp_server.identity import Authority
 
 VERSION = "0.1.0"
+MESSAGES, BURST = 10.0, 50.0
+"""Messages a second that are read from a device, and how many at once; more of them wait on the device's side."""
 HELLO_TIMEOUT = 30.0
 """Seconds a new session may take to say Hello."""
 
@@ -72,19 +76,44 @@ class Sessions(session_pb2_grpc.SessionsServicer):
                 await listening
 
     async def _listen(self, session: Session, context: Context) -> None:
+        bucket = Bucket(MESSAGES, BURST)
         while (message := await context.read()) is not grpc.aio.EOF:
-            device = session.device
-            match message.WhichOneof("body"):
+            await self._hear(session.device, message)
+            if (wait := bucket.take(time.monotonic())) > 0:  # not reading is what slows the sender down
+                await asyncio.sleep(wait)
+
+    async def _hear(self, device: str, message: session_pb2.DeviceMessage) -> None:
+        """One message. What does not decode costs the device this round and not its session."""
+        coordinator, kind = self._coordinator, message.WhichOneof("body")
+        act: Coroutine[Any, Any, None] | None = None
+        try:
+            match kind:
                 case "plan":
-                    await self._coordinator.plan_reported(device, serde.plan_report_from_pb(message.plan))
+                    act = coordinator.plan_reported(device, serde.plan_report_from_pb(message.plan))
                 case "probe":
-                    await self._coordinator.probe_reported(device, serde.probe_report_from_pb(message.probe))
+                    act = coordinator.probe_reported(device, serde.probe_report_from_pb(message.probe))
                 case "progress":
-                    await self._coordinator.progressed(device, serde.progress_from_pb(message.progress))
+                    act = coordinator.progressed(device, serde.progress_from_pb(message.progress))
                 case "failed":
-                    await self._coordinator.task_failed(device, serde.failed_from_pb(message.failed))
-                case other:
-                    raise ProtocolError(f"unexpected message {other or '(empty)'} in a session")
+                    act = coordinator.task_failed(device, serde.failed_from_pb(message.failed))
+        except ProtocolError as error:
+            act = coordinator.unreadable(device, kind == "plan", error)
+        if act is None:
+            raise ProtocolError(f"unexpected message {kind or '(empty)'} in a session")
+        await act
+
+
+class Bucket:
+    """A token bucket: `burst` messages at once, then `rate` a second."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate, self._burst, self._left, self._at = rate, burst, burst, 0.0
+
+    def take(self, now: float) -> float:
+        """Count one message; returns how many seconds to wait before the next."""
+        self._left = min(self._burst, self._left + (now - self._at) * self._rate) - 1
+        self._at = now
+        return max(0.0, -self._left / self._rate)
 
 
 async def _expect_hello(context: Context) -> None:

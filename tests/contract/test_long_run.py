@@ -59,8 +59,7 @@ def test_the_status_and_the_watch_of_a_long_run_fit_into_a_message(server):
 
     async def first(last):
         async with contextlib.aclosing(Operator(server.directory).watch("", last)) as watch:
-            async for seen in watch:
-                return seen
+            return await anext(watch)
 
     assert asyncio.run(first(0))["history_first"] == 291
     assert 1 < asyncio.run(first(2**32 - 1))["history_first"] < 291

@@ -15,6 +15,7 @@ from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator, Session
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
+from fp_server.service import Bucket
 
 
 @pytest.fixture
@@ -123,6 +124,35 @@ def test_samples_are_fixed_at_joining_and_capped(tmp_path, database):
         assert coordinator.active.capacity("b") is None
 
     with_coordinator(tmp_path, database, body)
+
+
+def test_only_a_plan_that_was_asked_for_and_is_new_is_an_event(tmp_path, database):
+    async def body(coordinator):
+        def plans():
+            return sum(isinstance(event, e.PlanReceived) for _, event in coordinator.log.replay("r"))
+
+        await coordinator.connect(Session("a"))
+        await coordinator.plan_reported("a", report())
+        assert plans() == 1
+        await coordinator.plan_reported("a", plan("a", units=1).report)
+        assert plans() == 1 and coordinator.active.capacity("a").units == 2, "nobody asked"
+        await coordinator.connect(Session("a"))
+        assert coordinator.active.stale == {"a"}
+        await coordinator.plan_reported("a", report())
+        assert plans() == 1 and not coordinator.active.stale, "the same as before"
+        await coordinator.connect(Session("a"))
+        await coordinator.plan_reported("a", plan("a", units=1).report)
+        assert plans() == 2 and coordinator.active.capacity("a").units == 1
+
+    with_coordinator(tmp_path, database, body)
+
+
+def test_the_bucket_lets_a_burst_through_and_then_a_rate():
+    bucket = Bucket(10.0, 50.0)
+    assert [bucket.take(1000.0) for _ in range(50)] == [0.0] * 50
+    assert bucket.take(1000.0) == pytest.approx(0.1)
+    assert bucket.take(1000.1) == pytest.approx(0.1)
+    assert bucket.take(2000.0) == 0.0
 
 
 def test_a_restart_takes_the_run_up_again(tmp_path, database):

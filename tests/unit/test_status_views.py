@@ -115,5 +115,5 @@ def test_the_words_of_a_device_are_shown_and_not_obeyed(words):
     text = shown(status_view(made))
     told = "".join(c if c.isprintable() else " " for c in words)
     assert text.count(told) == 6, text  # problem, paused, two devices, the round, a's outcome in it
-    assert text.isprintable() or set(text) - {"\n"} == {c for c in text if c.isprintable()}
+    assert text.replace("\n", "").isprintable()
     assert told in shown(runs_table([run_summary(shell.machine) | {"model": words}]))
