@@ -25,6 +25,13 @@ def gguf_directory() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def install(scratch: Path, target: Path) -> None:
+    """Rename the written directory into place; a kill before that leaves nothing under the target's name."""
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.chmod(0o755)  # a temporary directory is its owner's alone
+    scratch.replace(target)
+
+
 def main() -> None:
     """Convert once; the result is renamed into place when complete."""
     target = Path(sys.argv[1])
@@ -41,11 +48,11 @@ def main() -> None:
         del model.config.quantization_config
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    # A rename takes the directory away from under its clean-up.
+    with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(scratch, target)
+        install(Path(scratch), target)
 
 
 if __name__ == "__main__":

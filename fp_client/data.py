@@ -76,6 +76,11 @@ def example_of(row: Any, where: str, line: int) -> Example:
             raise DataError(f"{where}: key {key!r} is missing (each example needs instruction and output)")
         if not isinstance(value, str):
             raise DataError(f"{where}: {key!r} must be a text, found {type(value).__name__}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start].encode("ascii", "backslashreplace").decode()
+            raise DataError(f"{where}: {key!r} holds {half}, half of a surrogate pair, which is no character") from None
         values.append(value)
     if not values[0].strip() or not values[2].strip():
         raise DataError(f"{where}: {'instruction' if not values[0].strip() else 'output'} is empty")
@@ -147,12 +152,15 @@ def _open_lines(path: Path) -> Rows:
 
     def parse(raw: bytes, line: int) -> Example:
         where = f"{path}:{line}"
+        text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
         try:
-            row = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+            row = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: malformed JSON: {error.msg} (column {error.colno})") from None
         except RecursionError:
             raise DataError(f"{where}: malformed JSON: nested too deeply") from None
+        except ValueError:  # the interpreter reads no whole number of more than some thousand digits
+            raise DataError(f"{where}: malformed JSON: a number of too many digits") from None
         return example_of(row, where, line)
 
     def read(index: int) -> Example:
@@ -195,6 +203,8 @@ def _elements(text: str, path: Path) -> Iterator[tuple[int, int, Any]]:
                 raise bad(error.pos, error.msg) from None
             except RecursionError:
                 raise bad(at, "nested too deeply") from None
+            except ValueError:  # as above
+                raise bad(at, "a number of too many digits") from None
             yield at, end, value
             at = skip(end)
             if text[at : at + 1] == "]":

@@ -160,9 +160,10 @@ class UnitLoader:
         """Give a layer's memory back: its parameters return to the meta device."""
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
-                if getattr(module.weight, "module", None) is not None:
+                weight: Any = module.weight
+                if getattr(weight, "module", None) is not None:
                     # bitsandbytes' weight points back at its module: only the garbage collector would free the two.
-                    module.weight.module = None
+                    weight.module = None
                 bare = nn.Linear(
                     module.in_features, module.out_features, module.bias is not None, device="meta", dtype=self.dtype
                 ).requires_grad_(False)

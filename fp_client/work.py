@@ -80,7 +80,7 @@ class LocalWork:
         def read() -> str:
             _, checkpoint = self.open_model(spec.model)
             try:
-                return cached_fingerprint(checkpoint, self.cache, lambda done, total: progress("fetch", done, total))
+                return cached_fingerprint(checkpoint, self.cache, lambda done, total: progress("verify", done, total))
             finally:
                 checkpoint.close()
 

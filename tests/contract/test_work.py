@@ -163,3 +163,14 @@ def test_the_fingerprint_is_read_once(home):
         assert told == []
 
     asyncio.run(main())
+
+
+def test_reading_the_weights_for_their_fingerprint_is_a_phase_of_its_own(home):
+    """Bytes reported as `fetch` would be more than an adapter ever has, and its fetching would no longer count."""
+    seen = []
+
+    async def main():
+        await work_of(home).fingerprint(spec_of(home), lambda *note: seen.append(note))
+
+    asyncio.run(main())
+    assert {phase for phase, _, _ in seen} == {"verify"} and seen[-1][1] == seen[-1][2] > 0

@@ -91,6 +91,18 @@ def test_split_is_fixed_by_content_and_never_trained_on(tmp_path: Path) -> None:
         ("d.jsonl", '{"instruction": "a", "output": " "}', "d.jsonl:1: output is empty"),
         ("d.jsonl", "7\n", "d.jsonl:1: expected an object"),
         ("d.jsonl", "{" * 100_000, "d.jsonl:1: malformed JSON"),
+        (
+            "d.jsonl",
+            '\n{"instruction": "a", "output": "b", "n": ' + "1" * 5000 + "}",
+            "d.jsonl:2: malformed JSON: a number of too",
+        ),
+        (
+            "d.json",
+            '[\n{"instruction": "a", "output": "b", "n": ' + "1" * 5000 + "}]",
+            "d.json:2: malformed JSON: a number of too",
+        ),
+        ("d.jsonl", '\n{"instruction": "a", "output": "b \\ud800 c"}', r"d.jsonl:2: 'output' holds \ud800, half of a surrogate"),
+        ("d.json", '[\n{"instruction": "a", "output": "b \\udc00"}]', r"d.json:2: 'output' holds \udc00, half of a surrogate"),
         ("d.json", '[\n{"instruction": "a", "output": "b"},\n\n{"instruction": "a"}]', "d.json:4: key 'output' is missing"),
         ("d.json", '[\n{"instruction": "a", "output": "b"}\n{"x": 1}]', "d.json:3: malformed JSON: expected ','"),
         ("d.json", '[\n{"instruction": "a",\n "output": oops}]', "d.json:3: malformed JSON"),

@@ -24,6 +24,13 @@ from tests.unit import tiny
 SMOLLM2 = Path(__file__).parents[2] / ".cache/models/SmolLM2-135M-Instruct"
 
 
+@pytest.fixture
+def real_weights() -> None:
+    """A test that needs the weights fails without them: skipped, it would prove nothing."""
+    if not (SMOLLM2 / "model.safetensors").exists():
+        pytest.fail(f"{SMOLLM2} is missing; run `make model`")
+
+
 def twin_matrix(streams: list[torch.Tensor], mask: torch.Tensor, spec: ProbeSpec) -> FloatArray:
     """Eq. 1 and 4 spelled out in fp64: HSIC = tr(KHLH)/(n−1)²."""
     where = sample_positions(mask, spec.positions, spec.sample, spec.seed)
@@ -127,7 +134,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.weights
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs the SmolLM2 weights: make model")
+@pytest.mark.usefixtures("real_weights")
 def test_peak_above_the_warmed_worker_is_a_fraction_of_the_model() -> None:
     command = [sys.executable, str(SMOLLM2.parents[2] / "benchmarks/memory_probe.py"), "probe", "--micro", "4", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=280)
@@ -146,7 +153,7 @@ def smollm2_rows() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.weights
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs the SmolLM2 weights: make model")
+@pytest.mark.usefixtures("real_weights")
 @pytest.mark.parametrize("kernel", list(Kernel))
 def test_real_model_equals_its_twin_and_keeps_its_structure(kernel: Kernel) -> None:
     rows = smollm2_rows()
@@ -164,7 +171,7 @@ def test_real_model_equals_its_twin_and_keeps_its_structure(kernel: Kernel) -> N
 
 
 @pytest.mark.weights
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs the SmolLM2 weights: make model")
+@pytest.mark.usefixtures("real_weights")
 def test_first_token_in_the_sample_hides_the_structure() -> None:
     rows = smollm2_rows()
     raw = probe(UnitLoader(Checkpoint(SMOLLM2)), rows, [], ProbeSpec(sample=Positions.RAW, positions=512))

@@ -215,11 +215,12 @@ def test_a_quorum_of_seven_hundredths_of_a_hundred_is_seven():
     assert shell.machine.phase is Phase.AGGREGATING
 
 
-def test_silence_drops_a_device_and_progress_keeps_it():
+@pytest.mark.parametrize("phase", ["verify", "fetch", "load", "probe"])
+def test_silence_drops_a_device_and_progress_keeps_it(phase):
     shell = opened(progress_timeout_seconds=10.0)
     for now in range(1, 40, 4):
         shell.now = now
-        shell.do(c.ProgressSeen("a", shell.key, "probe", now, 100))
+        shell.do(c.ProgressSeen("a", shell.key, phase, now, 100))
         shell.do(c.Tick())
     assert shell.stage("a") is Stage.PROBING and shell.stage("b") is Stage.DROPPED
     assert "no progress for 13 s while probing" in shell.machine.current.members["b"].dropped.message
