@@ -165,7 +165,7 @@ class Coordinator:
         """What an operator should know; empty when all is well."""
         return "; ".join(self._problems.values())
 
-    def _note(self, source: str, problem: str = "") -> None:
+    def note(self, source: str, problem: str = "") -> None:
         """What is wrong with `source` now; an empty problem takes it back."""
         if problem and problem != self._problems.get(source):
             logger.error("%s", problem)
@@ -219,11 +219,11 @@ class Coordinator:
                     try:
                         await self.log.append(item, now)
                     except StorageError as error:
-                        self._note("log", str(error))
+                        self.note("log", str(error))
                         if item is happening:
                             raise
                         return  # what followed from it is asked for again at the next tick
-                    self._note("log")
+                    self.note("log")
                     tell(item)
                 for command in machine.handle(item, now):
                     if isinstance(command, Record):
@@ -281,18 +281,18 @@ class Coordinator:
             except TooLate:  # the run was stopped meanwhile
                 break
             except FedPrunerError as error:
-                self._note("aggregation", f"{problem}{error}")
+                self.note("aggregation", f"{problem}{error}")
             except Exception as error:
                 logger.exception("aggregating failed")
-                self._note("aggregation", f"{problem}{type(error).__name__}: {error}")
+                self.note("aggregation", f"{problem}{type(error).__name__}: {error}")
             else:
-                self._note("aggregation")
+                self.note("aggregation")
                 self._bytes_down = 0
                 await self._insist(event)
                 return
             await asyncio.sleep(delay)
             delay = min(60.0, delay * 2)
-        self._note("aggregation")
+        self.note("aggregation")
 
     async def _insist(self, event: e.Event) -> None:
         """Post an event that must not be lost, waiting for disk space if need be."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc.aio
 
-from common.errors import FedPrunerError, NotFound, OffsetError, ProtocolError
+from common.errors import FedPrunerError, NotFound, OffsetError, ProtocolError, StorageError
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer
@@ -85,7 +85,12 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 if first is grpc.aio.EOF or first.WhichOneof("body") != "header":
                     raise ProtocolError("a push must begin with its header")
                 ready = serde.ready_from_pb(first.header)
-                return await self._receive(peer, ready, first.header.offset, context)
+                reply = await self._receive(peer, ready, first.header.offset, context)
+                self._coordinator.note("objects")
+                return reply
+            except StorageError as error:  # what has arrived is kept, and the device tries again
+                self._coordinator.note("objects", f"the update of {peer.name!r} can't be stored: {error}")
+                raise
             except asyncio.CancelledError:
                 if not current.superseded:
                     raise
