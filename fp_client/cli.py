@@ -29,6 +29,9 @@ def join(
         str, typer.Argument(help="The one-time token that `fp-server token` printed; - reads it from standard input.")
     ],
     directory: Directory = HERE,
+    again: Annotated[
+        bool, typer.Option("--again", help="Replace a certificate that is still good for long; the key is kept.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a join token into this device's certificate and a first client.toml."""
@@ -39,7 +42,7 @@ def join(
 
     text = sys.stdin.readline() if token == "-" else token
     say = (lambda _: None) if as_json else (lambda line: typer.echo(line, err=True))
-    joined = asyncio.run(enroll(text, directory, say=say))
+    joined = asyncio.run(enroll(text, directory, say=say, again=again))
     if as_json:
         typer.echo(json.dumps({"name": joined.name, "role": joined.role, "server": joined.server, "dir": str(directory)}))
     else:

@@ -17,6 +17,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -32,6 +33,9 @@ from fp_client.config import EXAMPLE, FILE
 
 TIMEOUT = 15.0
 """Seconds one call may take."""
+
+RENEWAL = timedelta(days=30)
+"""So long before its end (or in the last third of a shorter validity) a certificate may be renewed by a plain `join`."""
 
 Say = Callable[[str], None]
 
@@ -53,15 +57,19 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-async def join(text: str, directory: Path, backoff: wire.Backoff | None = None, say: Say = lambda _: None) -> Joined:
+async def join(
+    text: str, directory: Path, backoff: wire.Backoff | None = None, say: Say = lambda _: None, again: bool = False
+) -> Joined:
     """Enroll with a join token and fill `directory`: ca.pem, device.key (0600), device.pem, client.toml.
 
-    Safe to repeat after a lost reply: the key is kept, and the server lets the same key retry the same token.
+    Safe to repeat after a lost reply: the key is kept, and the server lets the same key retry the same token. A directory
+    that has joined gets a new certificate for the same key when the old one ends soon or has ended, or with `again`; the
+    old one stays in place until the new one is complete.
     Raises TokenError, IdentityError, UnreachableError, StorageError.
     """
     token = JoinToken.decode(text)
     backoff = backoff or wire.Backoff(attempts=5, longest=5.0)
-    key = await asyncio.to_thread(_prepare, directory)
+    key = await asyncio.to_thread(_prepare, directory, again)
     say(f"asking {token.enroll} for its CA certificate")
     ca = await _fetch_ca(token, backoff)
     say("the CA is the token's; sending the key to be signed")
@@ -82,11 +90,12 @@ def _storage(directory: Path) -> Iterator[None]:
         raise StorageError(f"{error.filename or directory}: can't be written: {error.strerror}") from None
 
 
-def _prepare(directory: Path) -> ec.EllipticCurvePrivateKey:
+def _prepare(directory: Path, again: bool) -> ec.EllipticCurvePrivateKey:
     with _storage(directory):
         directory.mkdir(parents=True, exist_ok=True)
         key = _own_key(directory)
-    _forbid_rejoin(directory, key)
+    if not again:
+        _forbid_rejoin(directory, key)
     return key
 
 
@@ -98,7 +107,7 @@ def _own_key(directory: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def _forbid_rejoin(directory: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    """A valid certificate is not thrown away by a second `join` in the wrong directory."""
+    """A certificate that is good for long is not thrown away by a second `join` in the wrong directory."""
     path = directory / "device.pem"
     if not path.exists():
         return
@@ -106,10 +115,12 @@ def _forbid_rejoin(directory: Path, key: ec.EllipticCurvePrivateKey) -> None:
         certificate = tls.check_validity(path)
     except IdentityError:
         return
-    if certificate.public_key() == key.public_key():
+    end, begin = certificate.not_valid_after_utc, certificate.not_valid_before_utc
+    soon = end - datetime.now(UTC) < min(RENEWAL, (end - begin) / 3)
+    if certificate.public_key() == key.public_key() and not soon:
         raise IdentityError(
-            f"{path}: this directory has already joined (valid until {certificate.not_valid_after_utc:%Y-%m-%d}); "
-            "join in another --dir, or delete device.pem and device.key to join anew"
+            f"{path}: this directory has already joined (valid until {end:%Y-%m-%d}); "
+            "join in another --dir, or with --again to replace the certificate"
         )
 
 

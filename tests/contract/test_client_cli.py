@@ -13,10 +13,12 @@ import pytest
 from fake_ca import FakeCa
 from fake_server import serving
 
-from common.errors import ProtocolError
+from common.checkpoint import Checkpoint
+from common.errors import ModelError, ProtocolError, UnknownFamilyError
 from fp_client.cli import app
 from fp_client.enroll import write_server
 from fp_client.shapes import CONFIGS
+from tests.unit import device
 
 RETRY = "\n[retry]\nattempts = 3\nfirst_seconds = 0.01\nlongest_seconds = 0.05\n"
 
@@ -190,6 +192,58 @@ def test_missing_model_for_manifest_and_merge(tmp_path, run):
     assert code == 3 and "no such model directory" in err
     code, _, err = run("merge", tmp_path, tmp_path / "adapter", tmp_path / "out")
     assert code == 2 and "adapter_config.json" in err
+
+
+def truncate(shard):
+    shard.write_bytes(shard.read_bytes()[:-10])
+    return shard.name, "truncated or corrupt"
+
+
+def break_header(shard):
+    shard.write_bytes(b"\x10" + shard.read_bytes()[1:])
+    return shard.name, "not a usable safetensors file"
+
+
+def remove(shard):
+    shard.unlink()
+    return shard.name, "shard is missing (named by model.safetensors.index.json)"
+
+
+def of_no_family(shard):
+    path = shard.parent / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "gpt_neox"}))
+    return "config.json", "model family 'gpt_neox' is not supported (supported: "
+
+
+@pytest.mark.parametrize("damage", [truncate, break_header, remove, of_no_family])
+def test_a_damaged_model_is_named_with_its_file_and_3(tmp_path, run, damage):
+    model = device.model(tmp_path)
+    shards = sorted(model.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    name, why = damage(shards[1])
+    with pytest.raises(ModelError) as caught:
+        Checkpoint(model)
+    assert isinstance(caught.value, UnknownFamilyError) == (damage is of_no_family)
+    assert f"{model / name}: " in str(caught.value) and why in str(caught.value)
+
+    device.data(tmp_path / "data.jsonl")
+    here = f'[budget]\nhost = "1GiB"\n[models."toy"]\nsource = "{model}"\n[data]\nsource = "{tmp_path / "data.jsonl"}"\n'
+
+    async def doctor():
+        async with serving() as server:
+            server.ca.join(tmp_path)
+            (tmp_path / "client.toml").write_text(f'server = "{server.address}"\n{here}')
+            return await call("doctor", "--dir", tmp_path, "--json")
+
+    code, out, _ = asyncio.run(doctor())
+    found = {finding["check"]: finding for finding in json.loads(out)}
+    assert code == 3 and [check for check, finding in found.items() if not finding["ok"]] == ["model toy"]
+    assert str(model / name) in found["model toy"]["note"] and why in found["model toy"]["note"]
+    for command in (("plan", "--dir", tmp_path), ("manifest", model, "-o", tmp_path / "m.json")):
+        code, _, err = run(*command)
+        said = err.splitlines()[-1]  # before it, what making the model printed
+        assert code == 3 and said.startswith(f"error: {model / name}: ") and why in said, err
+    assert not (tmp_path / "m.json").exists()
 
 
 def test_the_command_line_and_the_daemon_do_not_import_torch():
