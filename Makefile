@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install model demo test check unit contract integration gpu bench bench-server bench-probe bench-planner bench-7b bench-groups proto format clean
+.PHONY: help install model demo test check unit contract integration server-alone gpu bench bench-server bench-probe bench-planner bench-7b bench-groups proto format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -49,6 +49,16 @@ contract: $(STAMP) model ## Contract tests: both sides of the wire against each 
 
 integration: $(STAMP) model ## Integration tests: real processes on loopback
 	$(PYTEST) tests/integration -m "not gpu"
+
+server-alone: ## Install the server alone into a bare environment: no torch comes with it, and it runs
+	rm -rf .cache/server-venv .cache/server-alone
+	$(PYTHON) -m venv .cache/server-venv
+	.cache/server-venv/bin/python -m pip install -q -c constraints.txt . && rm -rf build
+	! .cache/server-venv/bin/python -m pip list --format=freeze | grep -iE '^(torch|transformers|peft|bitsandbytes|accelerate|datasets)=='
+	cd .cache && server-venv/bin/fp-server init --dir server-alone --name localhost --listen 127.0.0.1 --port 0 --enroll-port 0
+	cd .cache && { server-venv/bin/fp-server run --dir server-alone & server=$$!; } && \
+	  for i in {1..100}; do test -f server-alone/endpoint.json && break; sleep 0.1; done; \
+	  server-venv/bin/fp-server status --dir server-alone; answered=$$?; kill -TERM $$server; wait $$server && test $$answered = 0
 
 gpu: $(STAMP) ## The tests that need a CUDA device
 	$(PYTEST) tests/gpu -m gpu

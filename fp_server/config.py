@@ -122,7 +122,7 @@ class LoraSection(Section):
     @classmethod
     def _some(cls, value: str | list[str]) -> str | list[str]:
         if not value:
-            raise ValueError("name at least one module, or \"all\"")
+            raise ValueError('name at least one module, or "all"')
         return value
 
 
