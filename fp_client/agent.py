@@ -154,9 +154,12 @@ class Agent:
                 await _cancel(plan)
             if self._said is not None and self._said.key.run == said.run:
                 await self._drop()
-            self._runs.forget(said.run)
             self._reports.pop(said.run, None)
-            self._outbox.drop(said.run)
+            for forget in (self._runs.forget, self._outbox.drop):
+                try:
+                    forget(said.run)
+                except OSError as error:  # not worth the daemon: it is looked at again only if the run comes back
+                    log.warning("run %s: can't delete %s: %s", said.run, error.filename, error.strerror)
         else:
             await self._begin(said)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
-"""Label of a position that does not count (the prompt and the padding)."""
+from fp_client.template import IGNORE
+
 LOGITS_BYTES = 16 << 20
 """Room for one chunk's fp32 logits; three such blocks live at the peak."""
 
@@ -26,7 +26,7 @@ def response_positions(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torc
 
     hidden (B, T, d), labels (B, T) -> (N, d), (N,): position t predicts the label at t + 1.
     """
-    counted = labels[:, 1:] != IGNORED
+    counted = labels[:, 1:] != IGNORE
     return hidden[:, :-1][counted], labels[:, 1:][counted]
 
 

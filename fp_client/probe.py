@@ -21,9 +21,10 @@ from common.types import FloatArray, LoraBlock, Part, ProbeSpec
 from fp_client.adapter import attach_ledger
 from fp_client.families import backbone, logit_softcap
 from fp_client.loader import UnitLoader
-from fp_client.loss import IGNORED, response_positions, streamed_loss
+from fp_client.loss import response_positions, streamed_loss
 from fp_client.similarity import CkaAccumulator, sample_positions, split
 from fp_client.submodel import Batch
+from fp_client.template import IGNORE
 
 Progress = Callable[[str, int, int], None]
 NORM_ROWS = 1024
@@ -49,7 +50,7 @@ def stack_rows(batches: Sequence[Batch]) -> Batch:
     def pad(tensor: torch.Tensor, value: int) -> torch.Tensor:
         return nn.functional.pad(tensor, (0, longest - tensor.shape[1]), value=value)
 
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
     return {name: torch.cat([pad(batch[name], value) for batch in batches]) for name, value in fill.items()}
 
 

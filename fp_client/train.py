@@ -12,8 +12,8 @@ import torch
 
 from common.errors import DataError, ProtocolError
 from common.types import Estimator, Factors, Gradient, LoraBlock, TrainSpec
-from fp_client.loss import IGNORED
 from fp_client.submodel import Batch, Submodel
+from fp_client.template import IGNORE
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def train(
         batch = next(source, None)
         if batch is None:
             raise DataError(f"the training data gave only {step} batches, the round asks for {spec.steps} steps")
-        counted = int((batch["labels"][:, 1:] != IGNORED).sum())
+        counted = int((batch["labels"][:, 1:] != IGNORE).sum())
         if counted == 0:
             raise DataError(f"step {step + 1}: the batch has no response token to learn from")
         total = 0.0

@@ -408,6 +408,19 @@ def test_the_end_of_the_run_forgets_run_and_update(tmp_path):
     against(tmp_path, body)
 
 
+def test_what_can_not_be_deleted_at_the_end_of_a_run_does_not_end_the_daemon(tmp_path, caplog):
+    async def body(server):
+        async with Device(server, tmp_path) as device:
+            await device.joins()
+            (tmp_path / "outbox" / "r.json").mkdir(parents=True)  # unlink refuses a directory
+            await device.hears("ended", "r")
+            await device.hears("probe", probe_task())
+            assert (await server.sessions.next("failed")).error == "NotFound"
+            assert "can't delete" in caplog.text and server.sessions.opened == 1
+
+    against(tmp_path, body)
+
+
 def test_a_late_update_is_dropped_without_complaint(tmp_path):
     async def body(server):
         server.objects.error = TooLate("round 1 is closed")
