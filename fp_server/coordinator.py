@@ -47,6 +47,7 @@ from fp_server.commands import (
     Record,
     Recovered,
     Send,
+    SendAssignment,
     Stimulus,
     Tick,
 )
@@ -61,6 +62,8 @@ logger = logging.getLogger("fp_server")
 
 TICK = 0.5
 """Seconds between looks at the clock."""
+_FREEING = (e.RoundCommitted, e.RoundClosed, e.RunEnded)
+"""Events after which objects may be needed no more."""
 KEPT = 16
 """Ended runs whose folded state is kept for whoever asks."""
 
@@ -96,6 +99,8 @@ class Coordinator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._writes: set[asyncio.Task[Any]] = set()
         self._ended: dict[str, RunMachine] = {}
+        self._kept: frozenset[str] = frozenset()
+        """The ledgers and adapters of all ended runs."""
         self._bytes_down = 0
 
     # -- life ------------------------------------------------------------------------------------
@@ -107,10 +112,28 @@ class Coordinator:
             machine = self.fold(name)
             if machine.ended is None:
                 self.active = machine
+            else:
+                self._kept |= machine.references()
+        self._sweep()
         if self.active is not None:
             logger.info("run %s taken up again: %s", self.active.name, self.active.phase)
             await self.post(Recovered())
         self._spawn(self._tick())
+
+    def _sweep(self) -> None:
+        """Remove what a crash left behind, and what older versions never removed."""
+        wanted, arriving = self._kept, set[str]()
+        if self.active is not None:
+            wanted |= self.active.references()
+            arriving = {d for d in self.active.plans if isinstance(self.active.task(d), SendAssignment)}
+        if removed := self.store.sweep(wanted, arriving):
+            logger.info("%d objects that nothing refers to were removed", removed)
+
+    async def _discard(self, digests: frozenset[str], mark: int) -> None:
+        try:
+            await asyncio.to_thread(self.store.discard, digests, mark)
+        except OSError as error:  # they stay until the next start
+            logger.warning("objects that are no longer needed can't be removed: %s", error)
 
     def hang_up(self) -> None:
         """End every session; the devices may come back."""
@@ -225,7 +248,13 @@ class Coordinator:
                         return  # what followed from it is asked for again at the next tick
                     self.note("log")
                     tell(item)
-                for command in machine.handle(item, now):
+                before = machine.references() if isinstance(item, _FREEING) else frozenset()
+                commands = machine.handle(item, now)
+                if machine.ended is not None:
+                    self._kept |= machine.references()
+                if gone := before - machine.references() - self._kept:  # durable: nothing will ask for them again
+                    self._spawn(self._discard(gone, self.store.mark))
+                for command in commands:
                     if isinstance(command, Record):
                         pending.append(command.event)
                     else:

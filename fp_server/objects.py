@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -47,6 +48,9 @@ class ObjectStore:
 
     def __init__(self, root: Path) -> None:
         self._objects, self._partial, self.scratch = root / "objects", root / "partial", root / "scratch"
+        self._changing = threading.Lock()
+        self._adoptions: dict[str, int] = {}
+        self._count = 0
         for path in (self._objects, self._partial, self.scratch):
             path.mkdir(parents=True, exist_ok=True)
 
@@ -73,6 +77,40 @@ class ObjectStore:
         """
         try:
             digest = digest or digest_file(source)
+        except OSError as error:
+            raise storage_error(source, error) from None
+        with self._changing:
+            self._count += 1
+            self._adoptions[digest] = self._count
+            return self._adopt(source, digest)
+
+    @property
+    def mark(self) -> int:
+        """How many objects were adopted so far: what `discard` counts by."""
+        return self._count
+
+    def discard(self, digests: Iterable[str], mark: int) -> None:
+        """Remove objects nothing refers to any more, unless they were adopted again after `mark` was taken."""
+        for digest in digests:
+            with self._changing:
+                if self._adoptions.get(digest, 0) <= mark:
+                    self._adoptions.pop(digest, None)
+                    (self._objects / digest[:2] / digest).unlink(missing_ok=True)
+
+    def sweep(self, wanted: Collection[str], arriving: Collection[str]) -> int:
+        """At a start: remove all objects but `wanted` and what came in part from devices not in `arriving`; how many."""
+        removed = 0
+        for path in self._objects.glob("??/*"):
+            if path.name not in wanted:
+                path.unlink()
+                removed += 1
+        for directory in self._partial.iterdir():
+            if directory.name not in arriving:
+                self.discard_arrivals(directory.name)
+        return removed
+
+    def _adopt(self, source: Path, digest: str) -> ObjectRef:
+        try:
             size = source.stat().st_size
             target = self._objects / digest[:2] / digest
             if target.exists():

@@ -95,6 +95,12 @@ class RunMachine:
         """The broadcast adapter, an object a layer, as the current round began with it."""
         return tuple(UnitObject(layer, ref) for layer, ref in sorted(self.broadcast.items()))
 
+    def references(self) -> frozenset[str]:
+        """The digests a restart would need: ledger, broadcast adapter, and the updates of the round under way."""
+        members = self.current.members.values() if self.current is not None else ()
+        updates = {member.accepted.ref.digest for member in members if member.accepted is not None}
+        return frozenset(updates | {ref.digest for kept in (self.ledger, self.broadcast) for ref in kept.values()})
+
     def may_fetch(self, device: str) -> frozenset[str]:
         """The digests of the device's current task."""
         task = self.task(device)
@@ -302,6 +308,14 @@ class RunMachine:
         run, key = self.config.run, TaskKey(self.name, self.next_round, self.attempt)
         if len(able) < run.min_devices:
             return []
+        if (count := self.config.drawn(len(able))) < run.min_updates:
+            if len(self.connected) > len(able) and self.connected & self.stale:
+                return []  # more may be able in a moment
+            reason = (
+                f"{count} of {len(able)} able devices would be drawn, and a round needs run.min_updates = {run.min_updates}; "
+                "connect more devices and resume, or start a run with other numbers"
+            )
+            return [Record(e.RunPaused(self.name, reason))]
         drawn = draw_devices(able, self.config.drawn(len(able)), rng_for(run.seed, key.round, "", f"sample/{key.attempt}"))
         return [Record(e.RoundOpened(self.name, key, tuple(able), drawn, self._excluded(able)))]
 

@@ -41,6 +41,9 @@ def test_two_rounds_run_to_the_end_and_twice_to_the_same_bytes(tmp_path, start):
     assert [point["rounds_done"] for point in status["loss"]] == [0, 1, 2]
     assert set(status["ledger_layers"]) == {layer + 1 for layer in ledger}
     assert json.loads(json.dumps(status, allow_nan=False)) == status
+    with server.folded() as machine:
+        stored = {path.name for path in (server.directory / "objects").glob("??/*")}
+        assert stored == machine.references(), "updates and older ledgers are removed"
     assert "Traceback" not in server.log() and "Warning" not in server.log()
     _, again, _, _ = one_run(tmp_path / "b", start)
     assert again == ledger

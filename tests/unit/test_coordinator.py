@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from test_rounds import MANIFEST, plan, toml
+from test_rounds import MANIFEST, plan, probed, toml
 
 from common.errors import StorageError
-from common.types import PlanReport
+from common.types import PlanReport, UpdateMetrics
 from fp_server import commands as c
 from fp_server import events as e
 from fp_server.config import ServerConfig
@@ -145,6 +145,69 @@ def test_only_a_plan_that_was_asked_for_and_is_new_is_an_event(tmp_path, databas
         assert plans() == 2 and coordinator.active.capacity("a").units == 1
 
     with_coordinator(tmp_path, database, body)
+
+
+def test_objects_nothing_refers_to_are_removed_and_a_crash_before_it_is_made_good(tmp_path, database):
+    """Round 1's ledger goes when round 2 is durable; a kill between the commit and the removal leaves it to the next start."""
+    store = ObjectStore(tmp_path)
+
+    def put(*parts):
+        source = store.scratch / "x"
+        source.write_text(repr(parts))
+        return store.adopt(source)
+
+    def stored():
+        return {path.name for path in (tmp_path / "objects").glob("??/*")}
+
+    async def whole_round(coordinator):
+        key = coordinator.active.current.opened.key
+        for device in "ab":
+            await coordinator.post(probed(key, device))
+            async with asyncio.timeout(10):
+                while coordinator.active.current.members[device].assigned is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        for device in "ab":
+            await coordinator.post(e.UpdateAccepted("r", key, device, put("update", device, key), UpdateMetrics()))
+        made = e.UnitCommit(0, put("ledger", key), put("broadcast", key), ("a", "b"), 0.0)
+        await coordinator.post(e.RoundCommitted("r", key, (made,), (), {"a": 1, "b": 1}, 1, 1))
+        await asyncio.sleep(0.2)
+        return {made.ledger.digest, made.broadcast.digest}
+
+    async def first(coordinator):
+        coordinator.store, coordinator._aggregate = store, lambda machine, command: asyncio.sleep(0)
+        for device in "ab":
+            await coordinator.connect(Session(device))
+            await coordinator.plan_reported(device, report())
+        assert await whole_round(coordinator) == stored()
+        store.discard = lambda digests, mark: None  # killed between the commit and the removal
+        wanted.update(await whole_round(coordinator))
+        assert wanted < stored() and len(stored()) == 6
+
+    wanted: set[str] = set()
+    with_coordinator(tmp_path, database, first)
+    (tmp_path / "partial" / "a").mkdir()
+    (tmp_path / "partial" / "a" / "half").write_text("half")
+
+    async def second():
+        coordinator = Coordinator(ServerConfig(names=["x"]), EventLog(database), ObjectStore(tmp_path))
+        await coordinator.start()
+        await coordinator.stop()
+
+    asyncio.run(second())
+    assert stored() == wanted and not list((tmp_path / "partial" / "a").iterdir())
+
+
+def test_an_object_that_was_adopted_again_is_not_removed(tmp_path):
+    store = ObjectStore(tmp_path)
+    (store.scratch / "x").write_text("x")
+    ref = store.adopt(store.scratch / "x")
+    mark = store.mark
+    (store.scratch / "x").write_text("x")
+    store.adopt(store.scratch / "x")
+    store.discard([ref.digest], mark)
+    assert store.has(ref.digest)
+    store.discard([ref.digest], store.mark)
+    assert not store.has(ref.digest)
 
 
 def test_the_bucket_lets_a_burst_through_and_then_a_rate():
