@@ -14,7 +14,7 @@ from common.errors import ModelError, UnknownFamilyError
 from common.tensorfile import TensorFile, TensorInfo
 from common.types import ModelManifest, ModuleShape
 
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gemma3_text", "smollm3", "olmo2"})
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "smollm3", "olmo2"})
 """`model_type` values this project streams."""
 
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -39,7 +39,8 @@ class Checkpoint:
         self.family = str(self.config.get("model_type", "(none)"))
         if self.family not in FAMILIES:
             known = ", ".join(sorted(FAMILIES))
-            raise UnknownFamilyError(f"{config_path}: model family {self.family!r} is not supported (supported: {known})")
+            hint = "; of gemma3 the text-only checkpoints (gemma3_text) are supported" if self.family == "gemma3" else ""
+            raise UnknownFamilyError(f"{config_path}: model family {self.family!r} is not supported (supported: {known}){hint}")
         self._files: dict[str, TensorFile] = {}
         self._where = self._index()
 

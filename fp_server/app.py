@@ -104,6 +104,11 @@ def read_endpoint(directory: Path) -> Endpoint:
         return Endpoint(config.port, config.enroll_port)
 
 
+def host_port(host: str, port: int) -> str:
+    """An address as gRPC wants it: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> int:
     try:
         port = server.add_secure_port(address, credentials)
@@ -137,12 +142,14 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
         raise IdentityError(f"{directory}: {error.filename}: {error.strerror}; was `fp-server init` interrupted?") from None
     main = grpc.aio.server(options=options(SERVER_OPTIONS))
     enroll = grpc.aio.server(options=options(SERVER_OPTIONS, max_receive_message_length=ENROLL_MESSAGE))
-    port = _bind(main, f"{config.listen}:{config.port}", server_credentials(certificate, key, ca))
-    enroll_port = _bind(enroll, f"{config.listen}:{config.enroll_port}", server_credentials(certificate, key, None))
+    port = _bind(main, host_port(config.listen, config.port), server_credentials(certificate, key, ca))
+    enroll_port = _bind(enroll, host_port(config.listen, config.enroll_port), server_credentials(certificate, key, None))
     name = config.names[0]
     session_pb2_grpc.add_SessionsServicer_to_server(Sessions(coordinator, authority), main)
     objects_pb2_grpc.add_ObjectsServicer_to_server(Objects(coordinator, authority), main)
-    admin_pb2_grpc.add_AdminServicer_to_server(Admin(coordinator, authority, f"{name}:{enroll_port}", f"{name}:{port}"), main)
+    admin_pb2_grpc.add_AdminServicer_to_server(
+        Admin(coordinator, authority, host_port(name, enroll_port), host_port(name, port)), main
+    )
     enroll_pb2_grpc.add_EnrollmentServicer_to_server(Enrollment(authority, config.certificate_days), enroll)
     checks = health.aio.HealthServicer()
     for server in (main, enroll):

@@ -130,6 +130,11 @@ def start(
             )
         manifest = checkpoint.manifest(config.model.name, fingerprint)
     config.targets(manifest)
+    if config.limits.min_holders == 1:
+        err.print(
+            "warning: limits.min_holders is 1: a layer only one device trained goes to all devices as that device's own update",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     name = Operator(dir).start(file.read_text(), manifest)
     out.print(f"run {name} started\nwatch it: fp-server status --watch --dir {dir}", highlight=False)
 

@@ -125,6 +125,12 @@ class LoraSection(Section):
             raise ValueError('name at least one module, or "all"')
         return value
 
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.start is Start.FRESH and self.train is Factors.A:
+            raise ValueError('train = "A" with start = "fresh" changes nothing: B stays 0; use start = "global" or train = "B"')
+        return self
+
 
 class TrainSection(Section):
     """``[train]``."""

@@ -11,16 +11,21 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
+from common import config as configuration
 from common.checkpoint import dump_manifest
 from common.errors import UnreachableError
 from common.pb import admin_pb2, admin_pb2_grpc
 from common.transport.tls import client_credentials
 from common.transport.wire import CHANNEL_OPTIONS, from_rpc_error, options
 from common.types import ModelManifest
-from fp_server.app import read_endpoint
+from fp_server.app import host_port, read_endpoint
+from fp_server.config import ServerConfig
 
 TIMEOUT = 20.0
 """Seconds an operator's call may take."""
+
+EVERYWHERE = ("0.0.0.0", "::", "[::]")
+"""Listening on all addresses, localhost among them."""
 
 T = TypeVar("T")
 
@@ -31,12 +36,15 @@ class Operator:
     def __init__(self, directory: Path) -> None:
         """Raises IdentityError when the directory has no valid operator certificate."""
         self._directory = directory
-        self.address = f"localhost:{read_endpoint(directory).port}"
+        port, listen = read_endpoint(directory).port, configuration.load(directory / "server.toml", ServerConfig).listen
+        self.address = host_port("localhost" if listen in EVERYWHERE else listen, port)
+        # The certificate always names localhost; the address that is listened on need not be in it.
+        self._options = options(CHANNEL_OPTIONS, ssl_target_name_override="localhost")
         self._credentials = client_credentials(directory, "operator")
 
     def _run(self, call: Callable[[admin_pb2_grpc.AdminAsyncStub], Awaitable[T]]) -> T:
         async def go() -> T:
-            async with grpc.aio.secure_channel(self.address, self._credentials, options(CHANNEL_OPTIONS)) as channel:
+            async with grpc.aio.secure_channel(self.address, self._credentials, self._options) as channel:
                 try:
                     return await call(admin_pb2_grpc.AdminStub(channel))
                 except grpc.aio.AioRpcError as error:
@@ -95,7 +103,7 @@ class Operator:
     async def watch(self, run: str, last: int = 0) -> AsyncIterator[dict[str, Any]]:
         """A status whenever something changes, with as many of the `last` entries as one message holds."""
         request = admin_pb2.StatusRequest(run=run, last_rounds=last)
-        async with grpc.aio.secure_channel(self.address, self._credentials, options(CHANNEL_OPTIONS)) as channel:
+        async with grpc.aio.secure_channel(self.address, self._credentials, self._options) as channel:
             try:
                 async for message in admin_pb2_grpc.AdminStub(channel).WatchStatus(request):
                     yield dict(json.loads(message.json))

@@ -116,6 +116,6 @@ async def retrying(
     raise UnreachableError(f"{address}: can't be reached")
 
 
-def options(base: Sequence[tuple[str, int]], **extra: int) -> list[tuple[str, Any]]:
+def options(base: Sequence[tuple[str, int]], **extra: int | str) -> list[tuple[str, Any]]:
     """gRPC options as the library wants them."""
     return [*base, *((f"grpc.{name}", value) for name, value in extra.items())]

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from server_side import MANIFEST, Device, Server, free_port, hello, read, run_toml
@@ -18,7 +19,7 @@ from server_side import MANIFEST, Device, Server, free_port, hello, read, run_to
 from common.checkpoint import dump_manifest
 from common.pb import session_pb2_grpc
 from common.token import JoinToken
-from fp_server.app import initialise
+from fp_server.app import host_port, initialise
 from fp_server.cli import main
 
 
@@ -154,7 +155,8 @@ def test_a_run_from_start_to_export(tmp_path):
         assert "no run 'other'" in cli("status", "other", *at, code=9)
         (tmp_path / "run.toml").write_text(run_toml())
         (tmp_path / "toy.json").write_text(dump_manifest(MANIFEST))
-        assert "run toy-run started" in cli("start", tmp_path / "run.toml", *at)
+        said = cli("start", tmp_path / "run.toml", *at)
+        assert "run toy-run started" in said and said.count("warning: limits.min_holders is 1") == 1
         assert "there is already a run 'toy-run'" in cli("start", tmp_path / "run.toml", *at, code=2)
         (tmp_path / "other.toml").write_text(run_toml(name="other"))
         assert "run 'toy-run' is active; stop it first" in cli("start", tmp_path / "other.toml", *at, code=2)
@@ -207,3 +209,25 @@ def test_signals_end_the_server_with_exit_0_also_while_someone_watches(tmp_path,
 
     asyncio.run(body())
     assert "Traceback" not in server.log() and server.log().count("stopping") >= 1
+
+
+def test_a_server_that_listens_on_one_address_is_spoken_to_there(tmp_path):
+    """127.0.0.2: not what localhost means, and not in the certificate."""
+    directory = tmp_path / "server"
+    cli("init", "--dir", directory, "--name", "localhost", "--listen", "127.0.0.2", "--port", 0, "--enroll-port", 0)
+    command = [sys.executable, "-c", "from fp_server.cli import main; main()", "run", "--dir", str(directory)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not (directory / "endpoint.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        assert "no run yet" in cli("status", "--dir", directory)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_addresses_as_grpc_wants_them():
+    assert [host_port(host, 1) for host in ("::1", "10.0.0.5", "fp.example.org")] == ["[::1]:1", "10.0.0.5:1", "fp.example.org:1"]

@@ -55,7 +55,7 @@ def test_meta_model_holds_no_weights_and_release_returns_to_that(family: str, tm
 
 
 def test_every_streamed_family_is_in_the_shared_list() -> None:
-    assert set(FAMILIES) == common_checkpoint.FAMILIES - {"gemma3"}
+    assert set(FAMILIES) == common_checkpoint.FAMILIES
 
 
 def test_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
@@ -66,6 +66,9 @@ def test_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
         Checkpoint(directory)
     with pytest.raises(UnknownFamilyError, match="'mamba' is not supported"):
         family_of("mamba")
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
+    with pytest.raises(UnknownFamilyError, match="text-only checkpoints \\(gemma3_text\\) are supported"):
+        Checkpoint(directory)
     with pytest.raises(UnknownFamilyError, match="image-and-text"):
         family_of("gemma3")
 

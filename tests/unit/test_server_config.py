@@ -35,6 +35,7 @@ BAD = [
     ("[lora]\nalpha = inf\n", "lora.alpha"),
     ("[lora]\nalpha = nan\n", "lora.alpha"),
     ("[train]\nlearning_rate = inf\n", "train.learning_rate"),
+    ("[lora]\ntrain = 'A'\n", 'lora: train = "A" with start = "fresh" changes nothing: B stays 0'),
     ("[lora]\nstart = 'cold'\n", "lora.start: Input should be 'fresh' or 'global' (got 'cold')"),
     ("[train]\ngradient = 'stitched'\n", "train.gradient: only 'submodel' is available in this version (got 'stitched')"),
     ("[pruning]\nunits = 'ffn'\n", "pruning.units: only 'layer' is available"),
