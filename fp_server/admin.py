@@ -82,9 +82,10 @@ class Admin(admin_pb2_grpc.AdminServicer):
     async def WatchStatus(self, request: admin_pb2.StatusRequest, context: Context) -> AsyncIterator[admin_pb2.Status]:  # noqa: N802
         """The same, again whenever something changes (at most twice a second)."""
         async with errors_to_status(context):
-            caller(context, self._authority, "operator")
+            peer = caller(context, self._authority, "operator")
             last = b""
             while True:
+                self._authority.check(peer, "operator")
                 now = self._status(request)
                 if (encoded := now.SerializeToString()) != last:
                     last = encoded

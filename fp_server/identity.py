@@ -217,9 +217,11 @@ class Authority:
         return len(await asyncio.shield(asyncio.create_task(both())))
 
     def check(self, peer: Peer, role: str) -> None:
-        """Raises IdentityError when the caller has another role or its certificate was revoked."""
+        """Raises IdentityError when the caller has another role or its certificate was revoked or has expired."""
         if peer.serial in self._revoked:
             raise IdentityError(f"the certificate of {peer.name!r} has been revoked; ask the operator for a new token")
+        if peer.not_after is not None and datetime.now(UTC) > peer.not_after:
+            raise IdentityError(f"the certificate of {peer.name!r} has expired; join again with a new token")
         if peer.role != role:
             raise IdentityError(f"{peer.name!r} is a {peer.role}; this needs the role {role}")
 

@@ -50,12 +50,12 @@ class Sessions(session_pb2_grpc.SessionsServicer):
             session = Session(peer.name)
             try:
                 await self._coordinator.connect(session)
-                await self._serve(session, context)
+                await self._serve(peer, session, context)
             finally:
                 await asyncio.shield(self._coordinator.disconnect(session))
 
-    async def _serve(self, session: Session, context: Context) -> None:
-        listening = asyncio.create_task(self._listen(session, context))
+    async def _serve(self, peer: Peer, session: Session, context: Context) -> None:
+        listening = asyncio.create_task(self._listen(peer, context))
         speaking: asyncio.Task[c.Send | FedPrunerError] | None = None
         try:
             while True:
@@ -75,10 +75,11 @@ class Sessions(session_pb2_grpc.SessionsServicer):
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await listening
 
-    async def _listen(self, session: Session, context: Context) -> None:
+    async def _listen(self, peer: Peer, context: Context) -> None:
         bucket = Bucket(MESSAGES, BURST)
         while (message := await context.read()) is not grpc.aio.EOF:
-            await self._hear(session.device, message)
+            self._authority.check(peer, "device")  # a session may outlive its certificate
+            await self._hear(peer.name, message)
             if (wait := bucket.take(time.monotonic())) > 0:  # not reading is what slows the sender down
                 await asyncio.sleep(wait)
 

@@ -56,6 +56,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 raise ProtocolError(f"object {request.digest[:16]}… has {size} bytes; there is no byte {request.offset}")
             chunks = self._coordinator.store.chunks(request.digest, request.offset, CHUNK)
             while chunk := await asyncio.to_thread(next, chunks, b""):
+                self._authority.check(peer, "device")
                 self._coordinator.fetched(len(chunk))
                 yield objects_pb2.Chunk(data=chunk)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -26,6 +27,8 @@ class Peer:
     role: str
     name: str
     serial: str = ""
+    not_after: datetime | None = None
+    """When the certificate ends: a session can outlive it."""
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -86,10 +89,11 @@ def peer_of(auth: dict[str, list[bytes]]) -> Peer:
         text = raw.decode(errors="replace")
         if text.startswith(URI):
             role, _, name = text.removeprefix(URI).partition("/")
-            serial = ""
+            serial, not_after = "", None
             for pem in auth.get("x509_pem_cert", []):
-                serial = f"{x509.load_pem_x509_certificate(pem).serial_number:x}"
-            return Peer(role, name, serial)
+                certificate = x509.load_pem_x509_certificate(pem)
+                serial, not_after = f"{certificate.serial_number:x}", certificate.not_valid_after_utc
+            return Peer(role, name, serial, not_after)
     raise IdentityError("the caller's certificate carries no FedPruner identity")
 
 
@@ -117,8 +121,6 @@ def client_credentials(directory: Path, stem: str = "device") -> grpc.ChannelCre
 
 def check_validity(path: Path) -> x509.Certificate:
     """The certificate of a PEM file. Raises IdentityError when it is damaged, not yet valid or expired."""
-    from datetime import UTC, datetime
-
     try:
         certificate = x509.load_pem_x509_certificate(path.read_bytes())
     except ValueError:

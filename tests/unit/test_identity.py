@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
@@ -177,3 +178,10 @@ def test_certificates_about_to_expire_are_renewed_at_the_start_with_the_same_key
     (tmp_path / "operator.pem").unlink()
     with pytest.raises(IdentityError, match=r"operator\.pem: no usable certificate"):
         authority.renew(["localhost"], 90)
+
+
+def test_a_certificate_that_has_ended_is_refused_in_a_session_too(authority):
+    now = datetime.now(UTC)
+    authority.check(Peer("device", "alice", "1", now + timedelta(minutes=1)), "device")
+    with pytest.raises(IdentityError, match="'alice' has expired"):
+        authority.check(Peer("device", "alice", "1", now - timedelta(seconds=1)), "device")

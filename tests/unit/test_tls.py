@@ -60,8 +60,9 @@ def auth(joined, *sans):
 
 
 def test_the_identity_is_the_certificates(joined):
-    serial = f"{x509.load_pem_x509_certificate((joined[0] / 'device.pem').read_bytes()).serial_number:x}"
-    assert tls.peer_of(auth(joined, b"localhost", b"fedpruner://device/alice")) == tls.Peer("device", "alice", serial)
+    certificate = x509.load_pem_x509_certificate((joined[0] / "device.pem").read_bytes())
+    expected = tls.Peer("device", "alice", f"{certificate.serial_number:x}", certificate.not_valid_after_utc)
+    assert tls.peer_of(auth(joined, b"localhost", b"fedpruner://device/alice")) == expected
     for sans in ((), (b"localhost",), (b"spiffe://device/alice",)):
         with pytest.raises(IdentityError, match="no FedPruner identity"):
             tls.peer_of(auth(joined, *sans))
