@@ -134,9 +134,7 @@ def main() -> int:
             seconds = max(end for _, end in done) - min(begin for begin, _ in done)
             print(f"{count} pushes of {size / 2**20:.0f} MiB at once: server VmHWM {before / 2**20:.1f} MiB before,")
             print(f"  +{receiving / 2**20:.1f} MiB while receiving, +{checked / 2**20:.1f} MiB with the updates' checks")
-            print(
-                f"  {count * size / 2**20 / seconds:.0f} MiB/s in all, {seconds:.1f} s until the last was durable and counted"
-            )
+            print(f"  {count * size / 2**20 / seconds:.0f} MiB/s in all, {seconds:.1f} s until the last was durable and counted")
             return max(receiving, checked)
 
         try:
