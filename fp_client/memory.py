@@ -186,7 +186,7 @@ def train_peak(shape: Shape, setting: Setting, spec: TrainSpec, broadcast_rank: 
     stack = ("boundaries", kept.units * act.boundary) if kept.checkpointing else ("activations", kept.units * act.stacked)
     inner = max(act.recompute, act.backward) if kept.checkpointing else act.backward - act.saved
     moments = (
-        Estimate("loading", (*held, ("reading", _reading(shape, setting)))),
+        Estimate("loading", (*held, ("reading", max(_reading(shape, setting), _quantizing(shape, setting))))),
         Estimate("forward", (*trained, stack, ("layer", act.forward))),
         Estimate("loss", (*trained, stack, ("final states", 4 * act.boundary), ("logits", _logits(setting, n, shape.vocab)))),
         Estimate("backward", (*trained, stack, ("final states", act.boundary), ("layer", inner))),
@@ -195,12 +195,16 @@ def train_peak(shape: Shape, setting: Setting, spec: TrainSpec, broadcast_rank: 
 
 
 def _reading(shape: Shape, setting: Setting) -> int:
-    """What reading a weight needs besides the weight itself: a stored chunk where the dtype changes; to quantize one
-    also its fp32 copy and bitsandbytes' temporaries, six in all."""
-    cast = READ * setting.stored if setting.stored != setting.itemsize else 0
-    if setting.quantization is Quantization.NF4:
-        return max(cast, min(READ, shape.largest) * (setting.stored + 6 * _FP32))
-    return cast
+    """What reading a weight needs besides the weight itself: a stored chunk where the dtype changes."""
+    return READ * setting.stored if setting.stored != setting.itemsize else 0
+
+
+def _quantizing(shape: Shape, setting: Setting) -> int:
+    """What making a unit's NF4 form needs: a stored chunk, its fp32 copy and bitsandbytes' temporaries, five in all.
+    It goes to disk, so no weights of the unit are there yet."""
+    if setting.quantization is not Quantization.NF4:
+        return 0
+    return min(READ, shape.largest) * (setting.stored + 5 * _FP32)
 
 
 def _logits(setting: Setting, tokens: int, vocabulary: int) -> int:
@@ -232,6 +236,7 @@ def probe_peak(
     head = HEAD_ROWS * shape.hidden * (s + (setting.stored if setting.stored != s else 0))
     kernel = positions * (2 * shape.hidden + 3 * positions) * 8 if similarity else 0
     moments = (
+        Estimate("probe: quantizing a unit", (*held, ("quantizing", _quantizing(shape, setting)))),
         Estimate("probe: reading a unit", (*held, unit, ("reading", _reading(shape, setting)))),
         Estimate("probe: a unit's forward", (*held, unit, ("layer", inner))),
         Estimate("probe: Gram matrix", (*held, unit, ("kernel", kernel))),
