@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -23,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 import pydocs
-from demo_fleet import DemoError, Fleet
+from demo_fleet import TOOLS, DemoError, Fleet
 from demo_view import Lines, live, report
 from rich.console import Console
 from rich.live import Live
@@ -228,7 +229,7 @@ def use(fleet: Fleet) -> None:
     data = DataSource(str(HERE / "text" / "data.jsonl"), heldout_max=HELD_OUT)
     rows = open_rows(data)
     asked = rows.read(split_rows(rows, data).heldout[0])
-    say(f'python examples/answer.py {MODEL} {ADAPTER} "{asked.instruction}"')
+    say(f"{os.path.relpath(TOOLS)}/python examples/answer.py {MODEL} {ADAPTER} {shlex.quote(asked.instruction)}")
     answers = json.loads(fleet.command("python", "examples/answer.py", str(MODEL), str(ADAPTER), asked.instruction, show=""))
     same = " (the same text)" if answers["with"] == answers["without"] else ""
     for title, text in (

@@ -89,7 +89,9 @@ class Doctor:
             except metadata.PackageNotFoundError:
                 missing.append(name)
         if missing:
-            raise FedPrunerError(f"missing: {', '.join(missing)}; install with `pip install fedpruner[client]`")
+            raise FedPrunerError(
+                f"missing: {', '.join(missing)}; install with `pip install -c constraints.txt '.[client]' in a checkout`"
+            )
         return ", ".join(found)
 
     async def _server(self) -> str:

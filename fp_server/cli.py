@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong, our own errors say
 # One BLAS thread: the same sums in the same order on every machine, and no idle thread pools for months.
 for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
@@ -182,15 +183,27 @@ async def _watch(operator: Any, run: str, json_: bool, last: int) -> None:
     if json_:
         await follow(lambda seen: print(json.dumps(seen), flush=True))  # noqa: T201
     else:
-        with Live(console=out, auto_refresh=False, vertical_overflow="visible") as live:
-            await follow(lambda seen: live.update(status_view(seen), refresh=True))
+        final: dict[str, Any] = {}
+
+        def show(seen: dict[str, Any]) -> None:
+            final.update(seen)
+            shown = {**seen, "history": seen["history"][-1:]} if "history" in seen else seen
+            live.update(status_view(shown), refresh=True)
+
+        # Only the latest rounds while it goes on: a picture taller than the screen would leave copies of itself behind.
+        with Live(console=out, auto_refresh=False, transient=True) as live:
+            await follow(show)
+        out.print(status_view(final))
 
 
 def _control(dir: Path, run: str, action: str) -> None:
     from fp_server.operator import Operator
 
-    state = Operator(dir).control(run, action)
-    out.print(f"run {run or '(active)'}: {state}" + (" after the round under way" if action == "pause" else ""), highlight=False)
+    operator = Operator(dir)
+    name = run or operator.status("")["run"] or ""
+    state = operator.control(name, action)
+    late = action == "pause" and state != "paused"
+    out.print(f"run {name}: " + ("pauses when the round under way is done" if late else state), highlight=False)
 
 
 @app.command()

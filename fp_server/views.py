@@ -15,7 +15,7 @@ def size(count: float | None) -> str:
         return "–"
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
 
@@ -26,7 +26,7 @@ def plain(text: str, style: str = "") -> Text:
 
 
 def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None else f"{value:.2f}"
 
 
 def runs_table(runs: list[dict[str, Any]]) -> RenderableType:
@@ -91,40 +91,50 @@ def _devices(status: dict[str, Any]) -> Table:
     return table
 
 
-def _rounds(rounds: list[dict[str, Any]], losses: dict[int, float]) -> Table:
-    table = Table(
-        "round", "device", "groups", "layers drawn", "up", "peak predicted", "peak measured", "submodel loss", "outcome",
-        title="rounds (layers are 1-based)", title_justify="left",
-    )  # fmt: skip
+def spans(labels: list[str]) -> str:
+    """Unit names, runs of layers joined: ``1-4 14 24-30``."""
+    parts: list[list[str]] = []
+    for label in labels:
+        if parts and label.isdigit() and parts[-1][-1].isdigit() and int(label) == int(parts[-1][-1]) + 1:
+            parts[-1].append(label)
+        else:
+            parts.append([label])
+    return " ".join(part[0] if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _rounds(rounds: list[dict[str, Any]], losses: dict[int, float]) -> Group:
+    """A line and a narrow table a round; fits 80 columns for device names of up to some 12 letters."""
+    parts: list[RenderableType] = []
     for entry in rounds:
-        done = entry["round"] - 1
-        name = "end" if entry["evaluation"] else str(entry["round"])
-        if entry["attempt"] > 1:
-            name += f" ({entry['attempt']}. attempt)"
-        loss = losses.get(done)
-        before = "" if loss is None else f"full-model held-out loss {loss:.4f}"
+        parts.append(_round_line(entry, losses.get(entry["round"] - 1)))
+        if not entry["evaluation"]:
+            parts.append(_round_table(entry))
+    return Group(*parts)
+
+
+def _round_line(entry: dict[str, Any], loss: float | None) -> Text:
+    name = "final evaluation" if entry["evaluation"] else f"round {entry['round']}"
+    if entry["attempt"] > 1:
+        name += f", attempt {entry['attempt']}"
+    said = [f"{len(entry['devices'])} devices"]
+    if loss is not None:
+        said.append(f"full-model held-out loss {loss:.4f}" + ("" if entry["evaluation"] else " before it"))
+    if entry["bytes_up"] is not None:
+        said.append(f"up {size(entry['bytes_up'])}, down {size(entry['bytes_down'])}")
+    if entry["closed"] and not entry["committed"] and not entry["evaluation"]:
+        said.append(f"not counted: {entry['closed']}")
+    return Text.assemble((f"\n{name}", "bold"), plain("  " + ", ".join(said)))
+
+
+def _round_table(entry: dict[str, Any]) -> Table:
+    table = Table("device", "groups", "layers drawn", "up", "peak (planned)", "submodel loss", "", box=None, header_style="dim")
+    for device, member in entry["devices"].items():
+        trained = "loss_last" in member
+        peak = f"{size(member['measured_peak_bytes'])} ({size(member['predicted_peak_bytes'])})" if trained else ""
         table.add_row(
-            name,
-            f"{len(entry['devices'])} devices",
-            "",
-            before,
-            size(entry["bytes_up"]),
-            "",
-            "",
-            "",
-            plain(entry["closed"] or ""),
-        )
-        if entry["evaluation"]:
-            continue
-        for device, member in entry["devices"].items():
-            trained = "loss_last" in member
-            loss_text = f"{_loss(member['loss_first'])} → {_loss(member['loss_last'])}" if trained else ""
-            table.add_row(
-                "", plain(device), str(len(member["groups"])) if "groups" in member else "",
-                " ".join(member.get("units", [])), size(member["update_bytes"]) if trained else "",
-                size(member["predicted_peak_bytes"]) if trained else "",
-                size(member["measured_peak_bytes"]) if trained else "", loss_text,
-                plain(member.get("message", member["stage"])),
-            )  # fmt: skip
-        table.add_section()
+            plain(device), str(len(member["groups"])) if "groups" in member else "", spans(member.get("units", [])),
+            size(member["update_bytes"]) if trained else "", peak,
+            f"{_loss(member['loss_first'])} → {_loss(member['loss_last'])}" if trained else "",
+            plain(member.get("message", "" if trained else member["stage"])),
+        )  # fmt: skip
     return table

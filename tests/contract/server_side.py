@@ -222,9 +222,10 @@ class Server:
             return str((await admin.StartRun(request, timeout=20)).run)
 
     async def status(self, run: str = "") -> dict[str, Any]:
-        """A run's status."""
+        """A run's status, with all of the short runs' rounds that tests make."""
+        request = admin_pb2.StatusRequest(run=run, last_rounds=100)
         async with self.admin() as admin:
-            return dict(json.loads((await admin.GetStatus(admin_pb2.StatusRequest(run=run), timeout=20)).json))
+            return dict(json.loads((await admin.GetStatus(request, timeout=20)).json))
 
     async def until(self, ready: Callable[[dict[str, Any]], bool], seconds: float = 60.0, run: str = "") -> dict[str, Any]:
         """Watch until a status is as wanted."""

@@ -90,7 +90,7 @@ def test_the_loss_curve_is_weighted_by_tokens_and_has_the_final_evaluation():
     assert loss_curve(shell.machine) == [(0, pytest.approx(1.5))], "b has not reported yet"
     shell.probe("b")
     assert loss_curve(shell.machine) == [(0, pytest.approx(1.5)), (1, pytest.approx(2.0))]
-    assert "end" in shown(status_view(whole(shell.machine)))
+    assert "final evaluation  2 devices, full-model held-out loss 2.0000" in shown(status_view(whole(shell.machine)))
 
 
 def test_devices_that_have_not_answered_or_cannot():
