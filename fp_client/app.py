@@ -92,6 +92,9 @@ async def serve(directory: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, running.cancel)
     log.info("device directory %s, server %s", directory, address)
+    for section, there in (("[models]", config.models), ("[data]", config.data)):
+        if not there:
+            log.warning("client.toml has no %s yet: this device will be left out of every run", section)
     try:
         await running
     except asyncio.CancelledError:

@@ -17,7 +17,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from common import config as configuration
-from common.errors import ConfigError, IdentityError, InUseError
+from common.errors import ConfigError, FedPrunerError, IdentityError, InUseError
 from common.pb import admin_pb2_grpc, enroll_pb2_grpc, objects_pb2_grpc, session_pb2_grpc
 from common.transport.tls import server_credentials
 from common.transport.wire import SERVER_OPTIONS, options
@@ -32,6 +32,8 @@ from fp_server.transfer import Objects
 
 logger = logging.getLogger("fp_server")
 
+DAY = 86_400.0
+"""Seconds between looks at the certificates' ends."""
 GRACE = 5.0
 """Seconds that calls under way get when the server stops."""
 ENROLL_MESSAGE = 64 << 10
@@ -130,11 +132,26 @@ async def serve(directory: Path) -> None:
             database.close()
 
 
+def _renew(directory: Path, config: ServerConfig, authority: Authority) -> None:
+    for name in authority.renew(config.names, config.certificate_days):
+        logger.info("%s was about to expire and has been renewed", directory / name)
+
+
+async def _renew_daily(directory: Path, config: ServerConfig, authority: Authority) -> None:
+    """The operator's certificate must not run out under a server that runs for months; the server's own, renewed on
+    disk, is used from the next start."""
+    while True:
+        await asyncio.sleep(DAY)
+        try:
+            await asyncio.to_thread(_renew, directory, config, authority)
+        except (OSError, FedPrunerError) as error:
+            logger.error("certificates could not be renewed, trying again tomorrow: %s", error)
+
+
 async def _serve(directory: Path, config: ServerConfig, database: Database) -> None:
     store, authority = ObjectStore(directory), Authority(directory, database)
     store.clear_scratch()
-    for name in authority.renew(config.names, config.certificate_days):
-        logger.info("%s was about to expire and has been renewed", directory / name)
+    _renew(directory, config, authority)
     coordinator = Coordinator(config, EventLog(database), store)
     try:
         certificate, key, ca = ((directory / name).read_bytes() for name in ("server.pem", "server.key", "ca.pem"))
@@ -166,7 +183,9 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopping.set)
+    renewing = asyncio.create_task(_renew_daily(directory, config, authority))
     await stopping.wait()
+    renewing.cancel()
     logger.info("stopping")
     await checks.enter_graceful_shutdown()
     coordinator.hang_up()

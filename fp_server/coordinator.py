@@ -70,6 +70,12 @@ KEPT = 16
 T = TypeVar("T")
 
 
+def steady_clock() -> Callable[[], float]:
+    """Seconds since the epoch as of now, counted on by the monotonic clock: a step of the wall clock drops no device."""
+    offset = time.time() - time.monotonic()
+    return lambda: offset + time.monotonic()
+
+
 class Session:
     """One device's open stream, as the coordinator sees it: a queue of what to say, and whether to hang up."""
 
@@ -87,8 +93,8 @@ class Session:
 class Coordinator:
     """All runs and all sessions of one server."""
 
-    def __init__(self, config: ServerConfig, log: EventLog, store: ObjectStore, clock: Callable[[], float] = time.time) -> None:
-        self.config, self.log, self.store, self.clock = config, log, store, clock
+    def __init__(self, config: ServerConfig, log: EventLog, store: ObjectStore, clock: Callable[[], float] | None = None) -> None:
+        self.config, self.log, self.store, self.clock = config, log, store, clock or steady_clock()
         self.active: RunMachine | None = None
         self.names: list[str] = []
         self.sessions: dict[str, Session] = {}

@@ -221,9 +221,9 @@ class Server:
             request = admin_pb2.StartRunRequest(toml=toml, manifest=dump_manifest(manifest))
             return str((await admin.StartRun(request, timeout=20)).run)
 
-    async def status(self, run: str = "") -> dict[str, Any]:
-        """A run's status, with all of the short runs' rounds that tests make."""
-        request = admin_pb2.StatusRequest(run=run, last_rounds=100)
+    async def status(self, run: str = "", last_rounds: int = 0) -> dict[str, Any]:
+        """A run's status; 0: the usual last rounds."""
+        request = admin_pb2.StatusRequest(run=run, last_rounds=last_rounds)
         async with self.admin() as admin:
             return dict(json.loads((await admin.GetStatus(request, timeout=20)).json))
 
@@ -461,4 +461,4 @@ async def whole_run(server: Server, devices: list[Device], toml: str, seconds: f
     except TimeoutError:
         said = {device.name: (device.seen, device.errors) for device in devices}
         raise AssertionError(f"the run did not end; devices: {said}\n{server.log()}") from None
-    return await server.status(run)
+    return await server.status(run, last_rounds=100)
