@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -30,6 +32,14 @@ EVERYWHERE = ("0.0.0.0", "::", "[::]")
 T = TypeVar("T")
 
 
+@functools.cache
+def _runner() -> asyncio.Runner:
+    """One event loop for all calls of a process: gRPC's poller logs errors for loops that are closed between calls."""
+    runner = asyncio.Runner()
+    atexit.register(runner.close)
+    return runner
+
+
 class Operator:
     """One operator connection to the server of a data directory."""
 
@@ -50,7 +60,7 @@ class Operator:
                 except grpc.aio.AioRpcError as error:
                     raise self._explain(error) from None
 
-        return asyncio.run(go())
+        return _runner().run(go())
 
     def _explain(self, error: grpc.aio.AioRpcError) -> Exception:
         ours = from_rpc_error(error, self.address)
