@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "contr
 
 from server_side import Device, Server, run_toml
 
+from common.files import digest_file
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.tensorfile import write_tensors
 from common.transport import serde, tls, wire
 from common.types import Assignment, ModelManifest, ModuleShape, ObjectRef, UpdateReady
-from fp_server.objects import digest_file
 from fp_server.validation import expected_shapes
 
 LIMIT = 64 << 20

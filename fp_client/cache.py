@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import hashlib
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from common.errors import StorageError
+from common.files import digest_file, disk_full
 from common.types import ObjectRef
 
 Fetch = Callable[[ObjectRef, Path], Awaitable[None]]
 """Brings an object into a file, checked; see `Connection.fetch`."""
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def storage_error(path: Path, error: OSError) -> StorageError:
     """An error of the disk, said plainly."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_full(error):
         return StorageError(f"{path}: the disk is full; free some space, or lower [cache] max_size in client.toml")
     return StorageError(f"{path}: can't be written: {error.strerror}")
 
@@ -43,7 +36,7 @@ class ObjectCache:
         """Whether the object is here with its very bytes; a damaged copy is deleted."""
         path = self.path(ref)
         try:
-            if path.stat().st_size == ref.size and file_digest(path) == ref.digest:
+            if path.stat().st_size == ref.size and digest_file(path) == ref.digest:
                 os.utime(path)
                 return True
             path.unlink()

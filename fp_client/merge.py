@@ -6,7 +6,6 @@ The output has the shards of the input, byte for byte, but for the weights the a
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import torch
 
 from common.checkpoint import Checkpoint
 from common.errors import ConfigError, ModelError, StorageError
+from common.files import disk_full
 from common.tensorfile import TensorFile
 from fp_client.tensors import CHUNK, DTYPES, bytes_view, read_into_tensor, stored_dtype
 
@@ -150,7 +150,7 @@ def merge(checkpoint_dir: Path, adapter_dir: Path, out_dir: Path, progress: Call
                         shutil.copyfile(other, target / other.name)
                 target.rename(out_dir)
     except OSError as error:
-        advice = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        advice = "; free some space" if disk_full(error) else ""
         raise StorageError(f"{out_dir}: can't be written: {error.strerror}{advice}") from None
     finally:
         checkpoint.close()

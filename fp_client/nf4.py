@@ -7,7 +7,6 @@ a few megabytes at a time so that quantizing needs no room for a whole matrix.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ from torch import nn
 
 from common.checkpoint import Checkpoint
 from common.errors import ModelError, StorageError
+from common.files import disk_full
 from common.tensorfile import TensorFile
 from fp_client.tensors import CHUNK, chunks, read_into_tensor
 
@@ -97,7 +97,7 @@ class Nf4Store:
             finally:
                 os.close(handle)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = disk_full(error)
             advice = "free some space, or point the device's data directory elsewhere" if full else "check the directory"
             raise StorageError(f"{path}: can't store the quantized layer: {error.strerror}; {advice}") from None
         finally:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from common.codec import from_json, to_json
 from common.errors import NotFound
+from common.files import digest_file
 from common.types import Assignment, ObjectRef, RunSpec, TaskKey, UpdateMetrics, UpdateReady
-from fp_client.cache import file_digest, storage_error
+from fp_client.cache import storage_error
 
 
 def _write(path: Path, value: object) -> None:
@@ -73,7 +74,7 @@ class Outbox:
     def put(self, task: Assignment, update: Path, metrics: UpdateMetrics) -> UpdateReady:
         """Take a written update in; what was there for its run goes. Raises StorageError."""
         run = task.key.run
-        ready = UpdateReady(task.key, ObjectRef(file_digest(update), update.stat().st_size), metrics)
+        ready = UpdateReady(task.key, ObjectRef(digest_file(update), update.stat().st_size), metrics)
         self.drop(run)
         try:
             update.replace(self.path(run))
@@ -91,7 +92,7 @@ class Outbox:
         try:
             entry = json.loads((self.directory / f"{task.key.run}.json").read_text())
             ready = from_json(UpdateReady, entry["ready"])
-            if entry["work"] == work_digest(task) and file_digest(self.path(task.key.run)) == ready.ref.digest:
+            if entry["work"] == work_digest(task) and digest_file(self.path(task.key.run)) == ready.ref.digest:
                 return ready
         except (OSError, ValueError, KeyError, TypeError):
             pass

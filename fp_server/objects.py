@@ -6,7 +6,6 @@ hears of it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import threading
@@ -15,6 +14,7 @@ from io import FileIO
 from pathlib import Path
 
 from common.errors import DigestError, NotFound, StorageError
+from common.files import digest_file, disk_full
 from common.types import ObjectRef
 
 
@@ -29,18 +29,9 @@ def sync_directory(path: Path) -> None:
 
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The error of ours for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_full(error):
         return StorageError(f"{path}: no space left on the device; free some, what was stored before is kept")
     return StorageError(f"{path}: {error.strerror}")
-
-
-def digest_file(path: Path) -> str:
-    """sha256 of a file, read 1 MiB at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class ObjectStore:

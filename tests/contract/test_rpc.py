@@ -20,10 +20,11 @@ from common.errors import (
     UnreachableError,
     UpdateRejected,
 )
+from common.files import digest_file
 from common.pb import session_pb2
 from common.transport import serde, wire
 from common.types import ObjectRef, Progress, TaskKey, UpdateMetrics, UpdateReady
-from fp_client.cache import ObjectCache, file_digest
+from fp_client.cache import ObjectCache
 from fp_client.rpc import Cancel, Connection, RunEnded
 from fp_client.rpc_objects import AGAIN, MAX_OBJECT, Transfer
 
@@ -224,7 +225,7 @@ def test_an_absurd_size_is_refused_before_anything_is_fetched(tmp_path):
 def update(tmp_path, size: int) -> tuple[UpdateReady, object]:
     path = tmp_path / "update"
     path.write_bytes(data_of(size))
-    return UpdateReady(KEY, ObjectRef(file_digest(path), size), UpdateMetrics(2.0, 1.0)), path
+    return UpdateReady(KEY, ObjectRef(digest_file(path), size), UpdateMetrics(2.0, 1.0)), path
 
 
 @pytest.mark.parametrize("seed", range(3))
