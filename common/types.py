@@ -36,6 +36,17 @@ class Gradient(StrEnum):
     AUTO = "auto"
 
 
+class Stitch(StrEnum):
+    """What stands in a pruned gap of a stitched submodel."""
+
+    SHIFT = "shift"
+    """The mean change over the gap."""
+    LOW_RANK = "low-rank"
+    """An affine map whose deviation from the identity has bounded rank."""
+    AFFINE = "affine"
+    """A full affine map."""
+
+
 class Start(StrEnum):
     """Where a round's LoRA starts: a new adapter on W_0 + ΔW, or the top-r part of ΔW."""
 
@@ -109,6 +120,25 @@ def layer_units(layers: int) -> tuple[UnitId, ...]:
     return tuple(UnitId(index) for index in range(layers))
 
 
+def component_units(layers: int) -> tuple[UnitId, ...]:
+    """The units of component mode, in model order: 1M, 1N, 2M, 2N … (paper §3.3)."""
+    return tuple(UnitId(index, part) for index in range(layers) for part in (Part.ATTENTION, Part.FFN))
+
+
+def model_units(part: Part, layers: int) -> tuple[UnitId, ...]:
+    """The units of a model: its layers, or its components when `part` is anything but LAYER."""
+    return layer_units(layers) if part is Part.LAYER else component_units(layers)
+
+
+_MODULES = {Part.ATTENTION: "self_attn.", Part.FFN: "mlp."}
+
+
+def unit_modules(unit: UnitId, modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of a layer's module names that belong to a unit: all of them, attention's or the feed-forward's."""
+    prefix = _MODULES.get(unit.part, "")
+    return tuple(name for name in modules if name.startswith(prefix))
+
+
 @dataclass(frozen=True)
 class LoraBlock:
     """One module's LoRA factors. `a`: (r, d_in), `b`: (d_out, r), fp32. ΔW = scale · b @ a."""
@@ -163,6 +193,17 @@ class ProbeSpec:
 
 
 @dataclass(frozen=True)
+class StitchSpec:
+    """How a stitched submodel's surrogates are fitted."""
+
+    kind: Stitch = Stitch.AFFINE
+    rank: int = 64
+    """Of a low-rank surrogate."""
+    tokens: int = 1024
+    """Token positions of the probe batch that a surrogate is fitted on, at most."""
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """Everything a device must know to train, whatever the method on the server is."""
 
@@ -181,6 +222,9 @@ class TrainSpec:
     start: Start = Start.FRESH
     train: Factors = Factors.BOTH
     upload: Factors = Factors.BOTH
+    fidelity: bool = False
+    """Whether the device measures, before it trains, its gradient's cosine with the full model's."""
+    stitch: StitchSpec = StitchSpec()
 
 
 @dataclass(frozen=True)
@@ -196,6 +240,10 @@ class RunSpec:
     probe: ProbeSpec
     broadcast_rank: int
     rounds: int
+    step_seconds: float = 0.0
+    """The longest a training step may take; 0: no limit."""
+    update_bytes: int = 0
+    """The most bytes an update may have; 0: no limit."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +255,8 @@ class Capacity:
     micro_batch: int
     checkpointing: bool
     peak_bytes: int
+    step_seconds: float = 0.0
+    """Predicted seconds of a training step with that many units; 0 where it was not predicted."""
 
 
 @dataclass(frozen=True)
@@ -306,6 +356,13 @@ class UpdateMetrics:
     predicted_peak_bytes: int = 0
     measured_peak_bytes: int = 0
     seconds: float = 0.0
+    predicted_step_seconds: float = 0.0
+    step_seconds: float = 0.0
+    """Median of the measured steps."""
+    fidelity: float | None = None
+    """Cosine between this device's LoRA gradient and the full model's on the first batch; None: not measured."""
+    unit_fidelity: tuple[float, ...] = ()
+    """The same of each assigned unit, in order."""
 
 
 @dataclass(frozen=True)

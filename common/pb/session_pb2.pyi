@@ -60,18 +60,20 @@ class PlanRequest(_message.Message):
     def __init__(self, spec: _Optional[_Union[_types_pb2.RunSpec, _Mapping]] = ...) -> None: ...
 
 class Capacity(_message.Message):
-    __slots__ = ("gradient", "units", "micro_batch", "checkpointing", "peak_bytes")
+    __slots__ = ("gradient", "units", "micro_batch", "checkpointing", "peak_bytes", "step_seconds")
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     UNITS_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTING_FIELD_NUMBER: _ClassVar[int]
     PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     gradient: str
     units: int
     micro_batch: int
     checkpointing: bool
     peak_bytes: int
-    def __init__(self, gradient: _Optional[str] = ..., units: _Optional[int] = ..., micro_batch: _Optional[int] = ..., checkpointing: _Optional[bool] = ..., peak_bytes: _Optional[int] = ...) -> None: ...
+    step_seconds: float
+    def __init__(self, gradient: _Optional[str] = ..., units: _Optional[int] = ..., micro_batch: _Optional[int] = ..., checkpointing: _Optional[bool] = ..., peak_bytes: _Optional[int] = ..., step_seconds: _Optional[float] = ...) -> None: ...
 
 class PlanReport(_message.Message):
     __slots__ = ("run", "samples", "fingerprint", "capacities", "unit_bytes", "smallest_budget", "refusal", "budget_bytes")

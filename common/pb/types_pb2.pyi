@@ -76,8 +76,18 @@ class ProbeSpec(_message.Message):
     seed: int
     def __init__(self, part: _Optional[_Union[Part, str]] = ..., positions: _Optional[int] = ..., kernel: _Optional[str] = ..., sample: _Optional[str] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
+class StitchSpec(_message.Message):
+    __slots__ = ("kind", "rank", "tokens")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    rank: int
+    tokens: int
+    def __init__(self, kind: _Optional[str] = ..., rank: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
 class TrainSpec(_message.Message):
-    __slots__ = ("steps", "batch_size", "sequence_length", "learning_rate", "rank", "alpha", "targets", "seed", "dropout", "gradient", "estimator", "start", "train", "upload")
+    __slots__ = ("steps", "batch_size", "sequence_length", "learning_rate", "rank", "alpha", "targets", "seed", "dropout", "gradient", "estimator", "start", "train", "upload", "fidelity", "stitch")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +102,8 @@ class TrainSpec(_message.Message):
     START_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    STITCH_FIELD_NUMBER: _ClassVar[int]
     steps: int
     batch_size: int
     sequence_length: int
@@ -106,10 +118,12 @@ class TrainSpec(_message.Message):
     start: str
     train: str
     upload: str
-    def __init__(self, steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., seed: _Optional[int] = ..., dropout: _Optional[float] = ..., gradient: _Optional[str] = ..., estimator: _Optional[str] = ..., start: _Optional[str] = ..., train: _Optional[str] = ..., upload: _Optional[str] = ...) -> None: ...
+    fidelity: bool
+    stitch: StitchSpec
+    def __init__(self, steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., seed: _Optional[int] = ..., dropout: _Optional[float] = ..., gradient: _Optional[str] = ..., estimator: _Optional[str] = ..., start: _Optional[str] = ..., train: _Optional[str] = ..., upload: _Optional[str] = ..., fidelity: _Optional[bool] = ..., stitch: _Optional[_Union[StitchSpec, _Mapping]] = ...) -> None: ...
 
 class RunSpec(_message.Message):
-    __slots__ = ("run", "model", "fingerprint", "method", "part", "train", "probe", "broadcast_rank", "rounds")
+    __slots__ = ("run", "model", "fingerprint", "method", "part", "train", "probe", "broadcast_rank", "rounds", "step_seconds", "update_bytes")
     RUN_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +133,8 @@ class RunSpec(_message.Message):
     PROBE_FIELD_NUMBER: _ClassVar[int]
     BROADCAST_RANK_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     run: str
     model: str
     fingerprint: str
@@ -128,4 +144,6 @@ class RunSpec(_message.Message):
     probe: ProbeSpec
     broadcast_rank: int
     rounds: int
-    def __init__(self, run: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., method: _Optional[str] = ..., part: _Optional[_Union[Part, str]] = ..., train: _Optional[_Union[TrainSpec, _Mapping]] = ..., probe: _Optional[_Union[ProbeSpec, _Mapping]] = ..., broadcast_rank: _Optional[int] = ..., rounds: _Optional[int] = ...) -> None: ...
+    step_seconds: float
+    update_bytes: int
+    def __init__(self, run: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., method: _Optional[str] = ..., part: _Optional[_Union[Part, str]] = ..., train: _Optional[_Union[TrainSpec, _Mapping]] = ..., probe: _Optional[_Union[ProbeSpec, _Mapping]] = ..., broadcast_rank: _Optional[int] = ..., rounds: _Optional[int] = ..., step_seconds: _Optional[float] = ..., update_bytes: _Optional[int] = ...) -> None: ...

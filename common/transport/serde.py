@@ -135,13 +135,24 @@ def probe_spec_from_pb(m: types_pb2.ProbeSpec) -> t.ProbeSpec:
     )
 
 
+def stitch_spec_to_pb(spec: t.StitchSpec) -> types_pb2.StitchSpec:
+    """StitchSpec -> message."""
+    return types_pb2.StitchSpec(kind=spec.kind, rank=spec.rank, tokens=spec.tokens)
+
+
+def stitch_spec_from_pb(m: types_pb2.StitchSpec) -> t.StitchSpec:
+    """Message -> StitchSpec."""
+    return t.StitchSpec(_enum(t.Stitch, m.kind, "train.stitch.kind"), m.rank, m.tokens)
+
+
 def train_spec_to_pb(spec: t.TrainSpec) -> types_pb2.TrainSpec:
     """TrainSpec -> message."""
     return types_pb2.TrainSpec(
         steps=spec.steps, batch_size=spec.batch_size, sequence_length=spec.sequence_length,
         learning_rate=spec.learning_rate, rank=spec.rank, alpha=spec.alpha, targets=spec.targets,
         seed=spec.seed, dropout=spec.dropout, gradient=spec.gradient, estimator=spec.estimator,
-        start=spec.start, train=spec.train, upload=spec.upload,
+        start=spec.start, train=spec.train, upload=spec.upload, fidelity=spec.fidelity,
+        stitch=stitch_spec_to_pb(spec.stitch),
     )  # fmt: skip
 
 
@@ -162,6 +173,8 @@ def train_spec_from_pb(m: types_pb2.TrainSpec) -> t.TrainSpec:
         start=_enum(t.Start, m.start, "train.start"),
         train=_enum(t.Factors, m.train, "train.train"),
         upload=_enum(t.Factors, m.upload, "train.upload"),
+        fidelity=m.fidelity,
+        stitch=stitch_spec_from_pb(m.stitch),
     )
 
 
@@ -170,7 +183,8 @@ def run_spec_to_pb(spec: t.RunSpec) -> types_pb2.RunSpec:
     return types_pb2.RunSpec(
         run=spec.run, model=spec.model, fingerprint=spec.fingerprint, method=spec.method, part=_PARTS[spec.part],
         train=train_spec_to_pb(spec.train), probe=probe_spec_to_pb(spec.probe),
-        broadcast_rank=spec.broadcast_rank, rounds=spec.rounds,
+        broadcast_rank=spec.broadcast_rank, rounds=spec.rounds, step_seconds=spec.step_seconds,
+        update_bytes=spec.update_bytes,
     )  # fmt: skip
 
 
@@ -186,6 +200,8 @@ def run_spec_from_pb(m: types_pb2.RunSpec) -> t.RunSpec:
         probe=probe_spec_from_pb(m.probe),
         broadcast_rank=m.broadcast_rank,
         rounds=m.rounds,
+        step_seconds=_finite(m.step_seconds, "spec.step_seconds"),
+        update_bytes=m.update_bytes,
     )
 
 
@@ -195,7 +211,7 @@ def plan_report_to_pb(report: t.PlanReport) -> session_pb2.PlanReport:
         run=report.run, samples=report.samples, fingerprint=report.fingerprint,
         capacities=[
             session_pb2.Capacity(gradient=c.gradient, units=c.units, micro_batch=c.micro_batch,
-                                 checkpointing=c.checkpointing, peak_bytes=c.peak_bytes)
+                                 checkpointing=c.checkpointing, peak_bytes=c.peak_bytes, step_seconds=c.step_seconds)
             for c in report.capacities
         ],
         unit_bytes=report.unit_bytes, smallest_budget=report.smallest_budget, refusal=report.refusal,
@@ -212,7 +228,14 @@ def plan_report_from_pb(m: session_pb2.PlanReport) -> t.PlanReport:
         samples=m.samples,
         fingerprint=m.fingerprint[:64],
         capacities=tuple(
-            t.Capacity(_enum(t.Gradient, c.gradient, "plan.gradient"), c.units, c.micro_batch, c.checkpointing, c.peak_bytes)
+            t.Capacity(
+                _enum(t.Gradient, c.gradient, "plan.gradient"),
+                c.units,
+                c.micro_batch,
+                c.checkpointing,
+                c.peak_bytes,
+                _finite(c.step_seconds, "plan.step_seconds"),
+            )  # fmt: skip
             for c in m.capacities
         ),
         unit_bytes=tuple(m.unit_bytes),
@@ -328,6 +351,8 @@ def ready_to_pb(ready: t.UpdateReady, offset: int) -> objects_pb2.PushHeader:
         metrics=objects_pb2.UpdateMetrics(
             loss_first=x.loss_first, loss_last=x.loss_last, tokens_per_second=x.tokens_per_second,
             predicted_peak_bytes=x.predicted_peak_bytes, measured_peak_bytes=x.measured_peak_bytes, seconds=x.seconds,
+            predicted_step_seconds=x.predicted_step_seconds, step_seconds=x.step_seconds, fidelity=x.fidelity,
+            unit_fidelity=x.unit_fidelity,
         ),
     )  # fmt: skip
 
@@ -338,6 +363,9 @@ def ready_from_pb(m: objects_pb2.PushHeader) -> t.UpdateReady:
     metrics = t.UpdateMetrics(
         _finite(x.loss_first, "metrics.loss_first"), _finite(x.loss_last, "metrics.loss_last"),
         _finite(x.tokens_per_second, "metrics.tokens_per_second"), x.predicted_peak_bytes, x.measured_peak_bytes,
-        _finite(x.seconds, "metrics.seconds"),
+        _finite(x.seconds, "metrics.seconds"), _finite(x.predicted_step_seconds, "metrics.predicted_step_seconds"),
+        _finite(x.step_seconds, "metrics.step_seconds"),
+        _finite(x.fidelity, "metrics.fidelity") if x.HasField("fidelity") else None,
+        tuple(_finite(value, "metrics.unit_fidelity") for value in x.unit_fidelity[: 2 * MAX_UNITS]),
     )  # fmt: skip
     return t.UpdateReady(key_from_pb(m.key), ref_from_pb(m.ref), metrics)
