@@ -47,6 +47,7 @@ def linear(layer: nn.Module, index: int, module: str) -> nn.Linear:
     """A layer's linear module by name. Raises ProtocolError naming a module the layer does not have."""
     try:
         found = layer.get_submodule(module)
+        found = getattr(found, "base_layer", found)  # under peft's wrapper
     except AttributeError:
         found = None
     if not isinstance(found, nn.Linear):
@@ -92,6 +93,11 @@ def split_broadcast(block: LoraBlock, rank: int) -> tuple[LoraBlock, LoraBlock]:
     """
     top = LoraBlock(block.layer, block.module, block.a[:rank], block.b[:, :rank])
     return top, LoraBlock(block.layer, block.module, block.a[rank:], block.b[:, rank:])
+
+
+def residual(spec: TrainSpec, block: LoraBlock) -> LoraBlock:
+    """What of a target's ΔW stays frozen: all of it in a `fresh` start, the part after the top r in a `global` one."""
+    return split_broadcast(block, spec.rank)[1] if spec.start is Start.GLOBAL else block
 
 
 @dataclass(frozen=True)

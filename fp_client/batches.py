@@ -20,6 +20,7 @@ from fp_client.data import DataSource, Rows, Split, open_rows, split_rows
 from fp_client.template import IGNORE, Encoded, encode
 
 Batch = dict[str, Tensor]
+"""input_ids, attention_mask, labels: (B, T) int64, right-padded."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,15 @@ def probe_batch(dataset: Dataset, spec: ProbeSpec, tokenizer: Any) -> Batch:
     """One batch of training rows for the similarity matrix (paper §3.1, step 1)."""
     size = min(spec.batch_size, len(dataset.split.train))
     return collate(dataset, order(dataset.split.train, size, spec.seed), tokenizer)
+
+
+def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+    """A batch in pieces of at most `size` rows, each cut to its longest row."""
+    rows = batch["input_ids"].shape[0]
+    for start in range(0, rows, size):
+        part = {name: tensor[start : start + size] for name, tensor in batch.items()}
+        longest = max(1, int(part["attention_mask"].sum(dim=1).max()))
+        yield {name: tensor[:, :longest] for name, tensor in part.items()}
 
 
 def heldout_batches(dataset: Dataset, batch_size: int, tokenizer: Any) -> Iterator[Batch]:

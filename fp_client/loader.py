@@ -18,6 +18,7 @@ from common.errors import ModelError
 from common.types import Quantization
 from fp_client.families import Family, backbone, decoder_layers, family_of, model_class, silence_dropout
 from fp_client.nf4 import Nf4Store, read_linear
+from fp_client.shapes import shape_of
 from fp_client.tensors import read_into_tensor, read_rows, read_tensor, stored_dtype
 
 HEAD_ROWS = 4096
@@ -107,6 +108,8 @@ class UnitLoader:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self.family: Family = family_of(checkpoint.family)
         self.quantization = quantization
+        self.modules = tuple(sorted(module.name for module in shape_of(checkpoint.config).modules))
+        """The linear modules of a whole layer."""
         self.store: Nf4Store | None = None
         if quantization is Quantization.NF4:
             if store is None or not fingerprint:
@@ -133,13 +136,16 @@ class UnitLoader:
         return read_tensor(self.checkpoint, name, self.device, self.dtype)
 
     def materialise(self, layer: nn.Module, index: int) -> None:
-        """Fill one decoder layer with layer `index`'s weights, quantizing its linear modules if asked to."""
+        """Fill one decoder layer with layer `index`'s weights, quantizing its linear modules if asked to.
+
+        Only what the layer still has is read: a pruned component's weights never are. LoRA on it is left alone.
+        """
         quantized = self._quantized(layer, index)
         for name, parameter in list(layer.named_parameters()):
             parent, _, leaf = name.rpartition(".")
-            if leaf == "weight" and parent in quantized:
+            if _is_lora(name) or (leaf == "weight" and parent in quantized):
                 continue
-            full = f"model.layers.{index}.{name}"
+            full = f"model.layers.{index}.{_base_name(name)}"
             if self.checkpoint.info(full).shape != tuple(parameter.shape):
                 found = self.checkpoint.info(full).shape
                 path = self.checkpoint.file(full).path
@@ -149,16 +155,19 @@ class UnitLoader:
     def _quantized(self, layer: nn.Module, index: int) -> set[str]:
         if self.store is None:
             return set()
-        linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        with self.store.open(index, sorted(linears)) as file:
+        linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear) and not _is_lora(name)}
+        with self.store.open(index, self.modules) as file:
             for name, linear in linears.items():
                 parent, _, leaf = name.rpartition(".")
-                setattr(layer.get_submodule(parent), leaf, read_linear(file, name, linear, self.device, self.dtype))
+                filled = read_linear(file, _base_name(name), linear, self.device, self.dtype)
+                setattr(layer.get_submodule(parent), leaf, filled)
         return set(linears)
 
     def release(self, layer: nn.Module) -> None:
-        """Give a layer's memory back: its parameters return to the meta device."""
+        """Give a layer's memory back: its weights return to the meta device; LoRA on it stays, frozen ΔW goes."""
         for name, module in list(layer.named_modules()):
+            if _is_lora(name):
+                continue
             if isinstance(module, nn.Linear):
                 weight: Any = module.weight
                 if getattr(weight, "module", None) is not None:
@@ -186,3 +195,13 @@ class UnitLoader:
         """(first row, rows (≤ rows, d)) of the head, one chunk at a time."""
         for first in range(0, self.checkpoint.info(self.head_name).shape[0], rows):
             yield first, read_rows(self.checkpoint, self.head_name, first, first + rows, self.device, self.dtype)
+
+
+def _is_lora(name: str) -> bool:
+    """Whether a parameter or module belongs to peft's LoRA and not to the base model."""
+    return ".lora_" in name
+
+
+def _base_name(name: str) -> str:
+    """A name as the checkpoint has it: peft puts a wrapped module under ``base_layer``."""
+    return name.replace(".base_layer", "")

@@ -5,7 +5,7 @@ With a vocabulary of 49k–128k the logits of one batch would be the largest ten
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -84,7 +84,17 @@ def streamed_loss(
 
     hidden (N, d), labels (N,), head yields (first row, weight (v, d)) -> (N,) fp32.
     """
-    lse = torch.full(labels.shape, -torch.inf, device=hidden.device)
+    return _streamed(hidden, labels, head, softcap, torch.full(labels.shape, -torch.inf, device=hidden.device))
+
+
+def _streamed(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: Iterable[tuple[int, torch.Tensor]],
+    softcap: float | None,
+    lse: torch.Tensor,
+) -> torch.Tensor:
+    """`lse` (N,) begins at −∞ and ends as each position's log-sum-exp."""
     picked = torch.zeros(labels.shape, device=hidden.device)
     for first, weight in head:
         step = chunk_positions(weight.shape[0])
@@ -98,3 +108,57 @@ def streamed_loss(
             picked[rows] += torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
             lse[rows] = torch.logaddexp(lse[rows], torch.logsumexp(logits, dim=1))
     return lse - picked
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Summed cross entropy with the head in blocks of vocabulary rows, read twice: for the log-sum-exp, then for the
+    gradient, which is made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        head: Callable[[], Iterable[tuple[int, torch.Tensor]]],
+        softcap: float | None,
+    ) -> torch.Tensor:
+        lse = torch.full(labels.shape, -torch.inf, device=hidden.device)
+        losses = _streamed(hidden, labels, head(), softcap, lse)
+        if ctx.needs_input_grad[0]:
+            gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+            for first, weight in head():
+                step = chunk_positions(weight.shape[0])
+                for start in range(0, hidden.shape[0], step):
+                    rows = slice(start, start + step)
+                    logits = (hidden[rows] @ weight.T).float()
+                    if softcap is not None:
+                        logits.div_(softcap).tanh_().mul_(softcap)
+                    slope = None if softcap is None else 1 - (logits / softcap).square_()
+                    delta = logits.sub_(lse[rows, None]).exp_()
+                    here = (labels[rows] >= first) & (labels[rows] < first + weight.shape[0])
+                    at = here.nonzero()[:, 0]
+                    delta[at, labels[rows][at] - first] -= 1.0
+                    if slope is not None:
+                        delta.mul_(slope)
+                    gradient[rows] += (delta.to(weight.dtype) @ weight).float()
+            ctx.save_for_backward(gradient.to(hidden.dtype))
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None, None
+
+
+def head_loss(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: Callable[[], Iterable[tuple[int, torch.Tensor]]],
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """`chunked_loss` without the head in memory: `head()` yields (first row, weight (v, d)), and is called twice.
+
+    hidden (N, d), labels (N,) -> fp32 scalar, differentiable in `hidden` alone.
+    """
+    out: torch.Tensor = _HeadLoss.apply(hidden, labels, head, softcap)  # type: ignore[no-untyped-call]
+    return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.errors import DataError, ProtocolError
+from common.errors import DataError
 from common.types import FloatArray, LoraBlock, Part, ProbeSpec
 from fp_client.adapter import attach_ledger
-from fp_client.families import backbone, logit_softcap
+from fp_client.batches import Batch
+from fp_client.families import backbone, logit_softcap, without_component
 from fp_client.loader import UnitLoader
 from fp_client.loss import response_positions, streamed_loss
 from fp_client.similarity import CkaAccumulator, sample_positions, split
-from fp_client.submodel import Batch
 from fp_client.template import IGNORE
 
 Progress = Callable[[str, int, int], None]
@@ -69,9 +70,14 @@ class _Streamed(nn.Module):
             run.see(states)
         run.loader.materialise(self.layer, self.index)
         attach_ledger(self.layer, self.index, run.adapter.get(self.index, ()), run.loader.device)
-        for start in range(0, states.shape[0], run.micro_rows):
-            part = states[start : start + run.micro_rows]
-            part.copy_(self.layer(part, *args, **kwargs))
+        # Components one after the other are the layer, bit for bit: each half adds to the residual stream alone.
+        for pruned in (Part.FFN, Part.ATTENTION) if run.components else (None,):
+            with without_component(self.layer, run.loader.family, pruned) if pruned is not None else nullcontext():
+                for start in range(0, states.shape[0], run.micro_rows):
+                    part = states[start : start + run.micro_rows]
+                    part.copy_(self.layer(part, *args, **kwargs))
+            if pruned is Part.FFN:
+                run.see(states)
         run.loader.release(self.layer)
         run.see(states)
         run.step(self.index)
@@ -88,7 +94,11 @@ class _Run:
     progress: Progress | None
     passes: int
     layers: int
+    components: bool
+    """Whether the units are components: the stream is then seen between a layer's attention and its feed-forward too."""
     done: int = 0
+    recorder: Callable[[torch.Tensor], None] | None = None
+    """Takes the states (n, d) at the sampled positions, from h_0 on."""
     cka: CkaAccumulator | None = None
     where: torch.Tensor | None = None
     states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -96,8 +106,13 @@ class _Run:
 
     def see(self, hidden: torch.Tensor) -> None:
         """Record a residual stream at the sampled positions."""
-        if self.cka is not None and self.where is not None:
-            self.cka.add(hidden[self.where[:, 0].to(hidden.device), self.where[:, 1].to(hidden.device)])
+        if self.where is None:
+            return
+        sampled = hidden[self.where[:, 0].to(hidden.device), self.where[:, 1].to(hidden.device)]
+        if self.cka is not None:
+            self.cka.add(sampled)
+        if self.recorder is not None:
+            self.recorder(sampled)
 
     def step(self, index: int) -> None:
         """Report one layer of one pass."""
@@ -121,10 +136,8 @@ def probe(
 
     `adapter`: broadcast ΔW by layer. `micro_rows`: rows inside a layer at once; `pass_rows`: rows whose residual
     streams are held at once (at least the batch's); both change memory and speed, not results beyond rounding.
-    Raises ProtocolError for a component probe, DataError when there is nothing to measure.
+    Raises DataError when there is nothing to measure.
     """
-    if spec.part is not Part.LAYER:
-        raise ProtocolError(f"this client probes whole layers, not {spec.part.value!r} components")
     if (similarity and batch is None) or (not similarity and not heldout):
         raise DataError("the probe has no rows to measure")
     begin = time.monotonic()
@@ -132,7 +145,8 @@ def probe(
     passes = _plan_passes(first, heldout, max(pass_rows, 1))
     model = loader.model()
     layers = loader.layers(model)
-    run = _Run(loader, adapter or {}, max(micro_rows, 1), progress, len(passes), len(layers))
+    components = spec.part is not Part.LAYER
+    run = _Run(loader, adapter or {}, max(micro_rows, 1), progress, len(passes), len(layers), components)
     for index in range(len(layers)):
         layers[index] = _Streamed(layers[index], index, run)
     stack = backbone(model, loader.family)
@@ -140,7 +154,7 @@ def probe(
     setattr(stack, loader.family.norm, nn.Identity())  # normed below, only where a response is predicted
     if first:
         run.where = sample_positions(first[0]["attention_mask"], spec.positions, spec.sample, spec.seed)
-        run.cka = CkaAccumulator(len(layers) + 1, len(run.where), spec.kernel, spec.sample)
+        run.cka = CkaAccumulator(len(layers) * (2 if components else 1) + 1, len(run.where), spec.kernel, spec.sample)
     total, tokens = 0.0, 0
     with torch.no_grad():
         for number, rows in enumerate(passes):

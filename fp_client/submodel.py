@@ -1,4 +1,5 @@
-"""A device's submodel (paper §3.1 step 4): the drawn layers of the model, the others replaced by nothing at all.
+"""A device's submodel (paper §3.1 step 4): the drawn units of the model, the others replaced by nothing at all,
+or, stitched, by a frozen surrogate that stands for the whole gap.
 
 Kept layers stay at their original index, so that each keeps the attention pattern, the rotary choice and the
 position in the stack that the family gives that index.
@@ -6,7 +7,7 @@ position in the stack that the family gives that index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,36 +16,48 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.errors import ProtocolError
 from common.types import LoraBlock, Part, TrainSpec, UnitId
-from fp_client.adapter import attach_ledger, by_layer, extract, initial, inject, linear
-from fp_client.families import backbone, logit_softcap
+from fp_client.adapter import attach_ledger, by_layer, extract, initial, inject, linear, residual
+from fp_client.batches import Batch, micro_batches
+from fp_client.families import backbone, logit_softcap, prune_component
 from fp_client.loader import RowEmbedding, UnitLoader
 from fp_client.loss import chunked_loss, response_positions
-
-Batch = dict[str, torch.Tensor]
-"""input_ids, attention_mask, labels: (B, T) int64, right-padded."""
+from fp_client.units import Gap, Kept, keep
 
 
 class Pruned(nn.Module):
-    """A pruned decoder layer: the identity on the residual stream, without a parameter (paper §3.1).
-
-    The place where a surrogate for the gap would stand.
-    """
+    """A pruned decoder layer: the identity on the residual stream, without a parameter (paper §3.1)."""
 
     def forward(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The residual stream (B, T, d), untouched."""
         return hidden_states
 
 
+class Stitched(nn.Module):
+    """A place in the stack with surrogates of the gaps that end before it or begin after it."""
+
+    def __init__(self, before: nn.Module | None, layer: nn.Module, after: nn.Module | None) -> None:
+        super().__init__()
+        self.before, self.layer, self.after = before, layer, after
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The residual stream (B, T, d) through the gap before, the layer, and the gap after it."""
+        if self.before is not None:
+            hidden_states = self.before(hidden_states)
+        hidden_states = self.layer(hidden_states, *args, **kwargs)
+        return hidden_states if self.after is None else self.after(hidden_states)
+
+
 @dataclass
 class Submodel:
-    """Kept layers with LoRA on them, embedding by rows and a resident head."""
+    """Kept units with LoRA on them, embedding by rows and a resident head."""
 
     model: Any
     """The Hugging Face model; its forward is the family's own."""
     kept: dict[int, nn.Module]
     """Layer index -> module."""
+    targets: dict[int, tuple[str, ...]]
+    """Layer index -> the modules that LoRA is on."""
     head: torch.Tensor
     """(V, d) in the compute dtype."""
     softcap: float | None
@@ -64,9 +77,23 @@ class Submodel:
         hidden, targets = response_positions(states, labels)
         return chunked_loss(hidden, self.head, targets, self.softcap), targets.numel()
 
+    def begin(self, batches: Sequence[Batch], micro_batch: int) -> None:
+        """Nothing to prepare: what a step needs is in memory."""
+
+    def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
+        """Add the gradient of the mean over `counted` response tokens to the LoRA factors; returns the summed loss."""
+        total = 0.0
+        for part in micro_batches(batch, micro_batch):
+            loss, found = self.loss(part)
+            if found:
+                (loss / counted).backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            del loss
+        return total
+
     def blocks(self) -> list[LoraBlock]:
         """The LoRA factors by global layer index and module, sorted."""
-        return [block for index in sorted(self.kept) for block in extract(self.kept[index], index, self.spec.targets)]
+        return [block for index in sorted(self.kept) for block in extract(self.kept[index], index, self.targets[index])]
 
 
 def load_submodel(
@@ -76,43 +103,42 @@ def load_submodel(
     adapter: Iterable[LoraBlock] = (),
     checkpointing: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
+    surrogates: Mapping[Gap, nn.Module] | None = None,
 ) -> Submodel:
     """Load the drawn units, and only their tensors, with ΔW frozen on them and trainable LoRA on the targets.
 
-    `adapter`: the broadcast ΔW blocks (those of other layers are ignored). Raises ProtocolError for units that are not
-    layers of this model or modules it does not have, ModelError for a damaged checkpoint.
+    `adapter`: the broadcast ΔW blocks (those of other units are ignored). `surrogates`: what stands in each gap
+    (`units.gaps`); without them a gap is an identity. Raises ProtocolError for units or modules that this model does
+    not have, ModelError for a damaged checkpoint.
     """
-    indices = [unit.layer for unit in units]
     model = loader.model()
     layers = loader.layers(model)
-    for unit in units:
-        if unit.part is not Part.LAYER:
-            raise ProtocolError(f"unit {unit.label}: this client prunes whole layers, not components")
-        if not 0 <= unit.layer < len(layers):
-            raise ProtocolError(f"unit {unit.label}: the model has {len(layers)} layers")
-    if not indices or len(set(indices)) != len(indices):
-        raise ProtocolError("an assignment must list at least one unit, and each only once")
+    assigned = keep(units, len(layers), spec.targets)
+    stitches = surrogates or {}
     ledger = by_layer(adapter)
     trainable: list[nn.Parameter] = []
     kept: dict[int, nn.Module] = {}
     for index in range(len(layers)):
-        if index not in indices:
-            layers[index] = Pruned()
-            continue
-        layer = kept[index] = layers[index]
-        loader.materialise(layer, index)
-        trainable += _adapt(layer, index, spec, ledger.get(index, []), loader.device)
-        if progress is not None:
-            progress("load", len(kept), len(indices))
-    if checkpointing:
-        for layer in kept.values():
-            _checkpoint(layer)
+        layer: nn.Module = Pruned()
+        if index in assigned:
+            layer = kept[index] = layers[index]
+            prune(layer, loader, assigned[index])
+            loader.materialise(layer, index)
+            trainable += adapt(layer, index, assigned[index], spec, ledger.get(index, []), loader.device)
+            if checkpointing:
+                _checkpoint(layer)
+            if progress is not None:
+                progress("load", len(kept), len(assigned))
+        before = next((stitches[gap] for gap in stitches if gap.start == 2 * index), None)
+        after = next((stitches[gap] for gap in stitches if gap.start == 2 * index + 1), None)
+        layers[index] = layer if before is None and after is None else Stitched(before, layer, after)
     head = loader.head()
     embedding = backbone(model, loader.family).get_submodule(loader.family.embedding)
     if loader.checkpoint.tied and isinstance(embedding, RowEmbedding):
         embedding.resident = head
     softcap = logit_softcap(model.config)
-    return Submodel(model, kept, head, softcap, spec, trainable, loader.device, loader.family.backbone)
+    targets = {index: here.targets for index, here in assigned.items()}
+    return Submodel(model, kept, targets, head, softcap, spec, trainable, loader.device, loader.family.backbone)
 
 
 def _checkpoint(layer: Any) -> None:
@@ -121,17 +147,35 @@ def _checkpoint(layer: Any) -> None:
     layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def _adapt(
-    layer: nn.Module, index: int, spec: TrainSpec, ledger: Sequence[LoraBlock], device: torch.device
+def prune(layer: nn.Module, loader: UnitLoader, kept: Kept) -> None:
+    """Take out of a kept layer the component that was not drawn."""
+    for part in (Part.ATTENTION, Part.FFN):
+        if part not in kept.parts:
+            prune_component(layer, loader.family, part)
+
+
+def adapt(
+    layer: nn.Module, index: int, kept: Kept, spec: TrainSpec, ledger: Sequence[LoraBlock], device: torch.device
 ) -> list[nn.Parameter]:
-    broadcast = {block.module: block for block in ledger}
-    frozen = [block for block in ledger if block.module not in spec.targets]
-    starts = []
-    for module in sorted(spec.targets):
-        target = linear(layer, index, module)
-        start = initial(spec, index, module, target.out_features, target.in_features, broadcast.get(module))
-        starts.append(start.trainable)
-        if start.frozen is not None:
-            frozen.append(start.frozen)
-    attach_ledger(layer, index, frozen, device)
+    """ΔW and trainable LoRA on one materialised layer; returns the parameters to train. Blocks of a component that the
+    layer no longer has are ignored."""
+    present = [block for block in ledger if kept.has(block.module)]
+    starts = starting(layer, index, kept, spec, present)
+    attach_ledger(layer, index, frozen(kept, spec, present), device)
     return inject(layer, spec, starts, device)
+
+
+def starting(layer: nn.Module, index: int, kept: Kept, spec: TrainSpec, ledger: Sequence[LoraBlock]) -> list[LoraBlock]:
+    """Where the trainable factors of a layer begin."""
+    broadcast = {block.module: block for block in ledger}
+    out = []
+    for module in kept.targets:
+        target = linear(layer, index, module)
+        out.append(initial(spec, index, module, target.out_features, target.in_features, broadcast.get(module)).trainable)
+    return out
+
+
+def frozen(kept: Kept | None, spec: TrainSpec, ledger: Sequence[LoraBlock]) -> list[LoraBlock]:
+    """What of a layer's broadcast stays frozen: all of it, but for the part that `global` goes on training."""
+    targets = kept.targets if kept is not None else ()
+    return [residual(spec, block) if block.module in targets else block for block in ledger]

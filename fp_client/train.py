@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from common.errors import DataError, ProtocolError
 from common.types import Estimator, Factors, Gradient, LoraBlock, TrainSpec
-from fp_client.submodel import Batch, Submodel
+from fp_client.batches import Batch, micro_batches
 from fp_client.template import IGNORE
+
+__all__ = ["TrainResult", "Trainer", "check_spec", "micro_batches", "train"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,29 @@ class TrainResult:
     tokens_per_second: float
     """Input tokens, padding left out."""
     seconds: float
+    step_seconds: float = 0.0
+    """Median of the steps."""
+
+
+class Trainer(Protocol):
+    """What makes the gradient: a submodel in memory (`submodel`), or the full model as a stream (`stream`)."""
+
+    trainable: list[nn.Parameter]
+
+    def begin(self, batches: Sequence[Batch], micro_batch: int) -> None:
+        """Prepare what stays the same for all steps of the round."""
+
+    def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
+        """Add the gradient of the mean over `counted` response tokens to the LoRA factors; returns the summed loss."""
+
+    def blocks(self) -> list[LoraBlock]:
+        """The LoRA factors by global layer index and module, sorted."""
 
 
 def check_spec(spec: TrainSpec) -> None:
     """Raises ProtocolError naming what this client does not do, before anything is loaded."""
-    if spec.gradient is not Gradient.SUBMODEL:
-        raise ProtocolError(f"gradient mode {spec.gradient.value!r} is not supported by this client (only 'submodel')")
+    if spec.gradient is Gradient.AUTO:
+        raise ProtocolError("gradient mode 'auto' must be resolved by the server before a device trains")
     if spec.estimator is not Estimator.BACKPROP:
         raise ProtocolError(f"estimator {spec.estimator.value!r} is not supported by this client (only 'backprop')")
     if spec.upload is not Factors.BOTH:
@@ -40,23 +63,14 @@ def check_spec(spec: TrainSpec) -> None:
         raise ProtocolError("a training specification needs a positive rank, at least one step and at least one target module")
 
 
-def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """A batch in pieces of at most `size` rows, each cut to its longest row."""
-    rows = batch["input_ids"].shape[0]
-    for start in range(0, rows, size):
-        part = {name: tensor[start : start + size] for name, tensor in batch.items()}
-        longest = max(1, int(part["attention_mask"].sum(dim=1).max()))
-        yield {name: tensor[:, :longest] for name, tensor in part.items()}
-
-
 def train(
-    submodel: Submodel,
+    trainer: Trainer,
     batches: Iterable[Batch],
     spec: TrainSpec,
     micro_batch: int,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> TrainResult:
-    """`spec.steps` AdamW steps (weight decay 0, constant learning rate) on the submodel's LoRA.
+    """`spec.steps` AdamW steps (weight decay 0, constant learning rate) on the trainer's LoRA.
 
     The loss of a step is the mean over the batch's response tokens; micro-batches are weighted by their tokens, so the
     result does not depend on their size beyond rounding. Raises DataError when a batch has no response token, or the
@@ -64,39 +78,42 @@ def train(
     """
     check_spec(spec)
     torch.manual_seed(spec.seed)  # only a LoRA dropout draws from it
-    optimizer = torch.optim.AdamW(submodel.trainable, lr=spec.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainer.trainable, lr=spec.learning_rate, weight_decay=0.0)
     losses: list[float] = []
+    seconds: list[float] = []
     tokens, begin = 0, time.monotonic()
-    source = iter(batches)
-    for step in range(spec.steps):
-        batch = next(source, None)
-        if batch is None:
-            raise DataError(f"the training data gave only {step} batches, the round asks for {spec.steps} steps")
-        counted = int((batch["labels"][:, 1:] != IGNORE).sum())
-        if counted == 0:
-            raise DataError(f"step {step + 1}: the batch has no response token to learn from")
-        total = 0.0
-        for part in micro_batches(batch, micro_batch):
-            loss, found = submodel.loss(part)
-            if found:
-                (loss / counted).backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-            del loss
-        mean = total / counted
+    given, counts = _checked(batches, spec)
+    trainer.begin(given, micro_batch)
+    for step, (batch, counted) in enumerate(zip(given, counts, strict=True)):
+        at = time.monotonic()
+        mean = trainer.gradients(step, batch, micro_batch, counted) / counted
         if not math.isfinite(mean):
             raise DataError(f"step {step + 1}: the loss is {mean}; lower the learning rate")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(mean)
         tokens += int(batch["attention_mask"].sum())
+        seconds.append(time.monotonic() - at)
         if progress is not None:
             progress("train", step + 1, spec.steps)
-    seconds = time.monotonic() - begin
-    blocks = submodel.blocks()
+    whole = time.monotonic() - begin
+    blocks = trainer.blocks()
     for block in blocks:
         if not (np.isfinite(block.a).all() and np.isfinite(block.b).all()):
             raise DataError(
                 f"layer {block.layer + 1}, {block.module}: its adapter holds NaN or infinite values after {spec.steps} steps; "
                 "lower the learning rate"
             )
-    return TrainResult(blocks, losses[0], losses[-1], tokens / max(seconds, 1e-9), seconds)
+    return TrainResult(blocks, losses[0], losses[-1], tokens / max(whole, 1e-9), whole, statistics.median(seconds))
+
+
+def _checked(batches: Iterable[Batch], spec: TrainSpec) -> tuple[list[Batch], list[int]]:
+    """The round's batches, and the response tokens of each."""
+    given = list(itertools.islice(batches, spec.steps))
+    if len(given) < spec.steps:
+        raise DataError(f"the training data gave only {len(given)} batches, the round asks for {spec.steps} steps")
+    counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in given]
+    for step, counted in enumerate(counts):
+        if counted == 0:
+            raise DataError(f"step {step + 1}: the batch has no response token to learn from")
+    return given, counts

@@ -1,0 +1,280 @@
+"""The full model's gradient, one unit in memory at a time: streamed training.
+
+Forward, layer by layer over all micro-batches, keeping each layer's input; then backward in reverse, each layer run
+again from its input, with gradients for the assigned units' LoRA alone. Weights are read twice a step, whatever the
+number of micro-batches. Below the lowest assigned layer nothing is differentiated: that prefix does not change within a
+round, so its output is made once, for all of the round's rows. The gradient is the full model's, exactly: what a
+checkpointed step with everything in memory computes, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.types import LoraBlock, TrainSpec, UnitId
+from fp_client.adapter import attach_ledger, extract, inject
+from fp_client.batches import Batch, micro_batches
+from fp_client.families import backbone, logit_softcap
+from fp_client.loader import UnitLoader
+from fp_client.loss import chunked_loss, head_loss, response_positions
+from fp_client.spill import Spill
+from fp_client.submodel import frozen, starting
+from fp_client.units import keep
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What of the stream stays in memory (`fp_client.planner` decides it). The result does not depend on it."""
+
+    resident: int = 0
+    """Layers whose weights stay, the topmost ones."""
+    ahead: bool = False
+    """Whether the next layer is read while one computes: one more layer in memory."""
+    head: bool = True
+    """Whether the head stays; else its rows are read in blocks, twice a step."""
+    boundary_bytes: int = -1
+    """Activations kept in memory; what is beyond goes to disk. −1: all of them stay."""
+
+
+class _Recorder(nn.Module):
+    """Stands where a layer stood, and notes what the family's own forward passes to it."""
+
+    def __init__(self, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The residual stream, untouched."""
+        self.calls.append((args, kwargs))
+        return hidden_states
+
+
+class Layers:
+    """The model's layers, with the weights of a few of them in memory at a time."""
+
+    def __init__(
+        self,
+        loader: UnitLoader,
+        layers: Sequence[nn.Module],
+        blocks: Callable[[int], Sequence[LoraBlock]],
+        plan: StreamPlan,
+    ) -> None:
+        """`blocks`: a layer's frozen ΔW."""
+        self._loader, self._layers, self._blocks = loader, layers, blocks
+        self._resident = frozenset(range(len(layers) - plan.resident, len(layers)))
+        self._held: set[int] = set()
+        self._pool = ThreadPoolExecutor(1, "read-ahead") if plan.ahead else None
+        self._coming: tuple[int, Future[None]] | None = None
+
+    def acquire(self, index: int, following: int | None = None) -> nn.Module:
+        """A layer with its weights. `following`: the layer that will be asked for next."""
+        if self._coming is not None:
+            coming, future = self._coming
+            self._coming = None
+            future.result()
+            self._held.add(coming)
+        for other in self._held - self._resident - {index}:
+            self._loader.release(self._layers[other])
+            self._held.discard(other)
+        if index not in self._held:
+            self._fill(index)
+            self._held.add(index)
+        if self._pool is not None and following is not None and following not in self._held:
+            self._coming = (following, self._pool.submit(self._fill, following))
+        return self._layers[index]
+
+    def _fill(self, index: int) -> None:
+        layer = self._layers[index]
+        self._loader.materialise(layer, index)
+        attach_ledger(layer, index, self._blocks(index), self._loader.device)
+
+    def close(self) -> None:
+        """Give all weights back."""
+        if self._coming is not None:
+            self._held.add(self._coming[0])
+            self._coming[1].exception()
+            self._coming = None
+        if self._pool is not None:
+            self._pool.shutdown()
+        for index in list(self._held):
+            self._loader.release(self._layers[index])
+        self._held.clear()
+
+
+class Streamed:
+    """A `Trainer` that streams the full model; see the module's words."""
+
+    def __init__(
+        self,
+        loader: UnitLoader,
+        units: Sequence[UnitId],
+        spec: TrainSpec,
+        adapter: Mapping[int, Sequence[LoraBlock]],
+        plan: StreamPlan,
+        scratch: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        """`adapter`: the broadcast ΔW of every layer. `scratch`: where activations are spilled.
+
+        Raises ProtocolError for units or modules the model does not have, ModelError for a damaged checkpoint.
+        """
+        self.loader, self.spec, self.plan, self.progress = loader, spec, plan, progress
+        self.model = loader.model()
+        self.softcap = logit_softcap(self.model.config)
+        modules = loader.layers(self.model)
+        self.count = len(modules)
+        self.assigned = keep(units, self.count, spec.targets)
+        self.low = min(self.assigned)
+        self._modules = [modules[index] for index in range(self.count)]
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        for index in range(self.count):
+            modules[index] = _Recorder(self._calls)
+        stack = backbone(self.model, loader.family)
+        self._stack, self._embed = stack, stack.get_submodule(loader.family.embedding)
+        self._norm = stack.get_submodule(loader.family.norm)
+        setattr(stack, loader.family.norm, nn.Identity())
+        self._head = loader.head() if plan.head else None
+        if self._head is not None and loader.checkpoint.tied:
+            self._embed.resident = self._head
+        self._by_length: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.trainable: list[nn.Parameter] = []
+        self._prefix = Spill(plan.boundary_bytes, scratch, loader.device)
+        self._boundaries = Spill(plan.boundary_bytes, scratch, loader.device)
+        for number, (index, kept) in enumerate(self.assigned.items()):
+            layer = self._modules[index]
+            loader.materialise(layer, index)
+            present = list(adapter.get(index, ()))
+            self.trainable += inject(layer, spec, starting(layer, index, kept, spec, present), loader.device)
+            loader.release(layer)
+            if progress is not None:
+                progress("load", number + 1, len(self.assigned))
+        self.layers = Layers(
+            loader, self._modules, lambda index: frozen(self.assigned.get(index), spec, list(adapter.get(index, ()))), plan
+        )
+
+    # -- one layer ---------------------------------------------------------------------------------
+
+    def _context(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What the family passes to each layer for rows of `length` tokens; made for one row, it serves all
+        (padding is on the right and attention is causal, so every row has the same mask and positions)."""
+        if length not in self._by_length:
+            width, dtype = int(self.model.config.hidden_size), self.loader.dtype
+            self._calls.clear()
+            with torch.no_grad():
+                self._stack(
+                    inputs_embeds=torch.zeros((1, length, width), dtype=dtype, device=self.loader.device), use_cache=False
+                )
+            self._by_length[length] = list(self._calls)
+            self._calls.clear()
+        return self._by_length[length]
+
+    def _run(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        args, kwargs = self._context(hidden.shape[1])[index]
+        out: torch.Tensor = layer(hidden, *args, **kwargs)
+        return out
+
+    @contextmanager
+    def _same_noise(self, *where: int) -> Iterator[None]:
+        """Dropout draws the same in forward and recomputation: its seed is the place in the round."""
+        if not self.spec.dropout:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.loader.device] if self.loader.device.type == "cuda" else []):
+            torch.manual_seed(hash((self.spec.seed, *where)) & (2**63 - 1))
+            yield
+
+    # -- a round -------------------------------------------------------------------------------------
+
+    def begin(self, batches: Sequence[Batch], micro_batch: int) -> None:
+        """Take all rows of the round through the layers below the lowest assigned one, once."""
+        if self.low == 0:
+            return
+        parts = [
+            (step, j, part) for step, batch in enumerate(batches) for j, part in enumerate(micro_batches(batch, micro_batch))
+        ]
+        with torch.no_grad():
+            for index in range(self.low):
+                layer = self.layers.acquire(index, index + 1)
+                for step, j, part in parts:
+                    before = self._embedded(part) if index == 0 else self._prefix.take((step, j))
+                    self._prefix.put((step, j), self._run(layer, index, before))
+                if self.progress is not None:
+                    self.progress("load", len(self.assigned) + index + 1, len(self.assigned) + self.low)
+        self._by_length.clear()
+
+    def _embedded(self, part: Batch) -> torch.Tensor:
+        out: torch.Tensor = self._embed(part["input_ids"].to(self.loader.device))
+        return out
+
+    def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
+        """Add the full model's gradient of the mean over `counted` response tokens; returns the summed loss."""
+        parts = list(micro_batches(batch, micro_batch))
+        with torch.no_grad():
+            flowing = [self._embedded(part) if self.low == 0 else self._prefix.get((step, j)) for j, part in enumerate(parts)]
+            for index in range(self.low, self.count):
+                layer = self.layers.acquire(index, index + 1 if index + 1 < self.count else None)
+                for j in range(len(parts)):
+                    self._boundaries.put((index, j), flowing[j])
+                    with self._same_noise(step, j, index):
+                        flowing[j] = self._run(layer, index, flowing[j])
+        total, back = self._losses(flowing, parts, counted)
+        del flowing
+        for index in range(self.count - 1, self.low - 1, -1):
+            # The lowest layer of the backward pass is the first of the next forward pass: it simply stays.
+            layer = self.layers.acquire(index, index - 1 if index > self.low else None)
+            for j, signal in enumerate(back):
+                before = self._boundaries.take((index, j))
+                if signal is None:
+                    continue
+                before = before.detach().requires_grad_(index > self.low)
+                with self._same_noise(step, j, index):
+                    after = self._run(layer, index, before)
+                torch.autograd.backward(after, signal)
+                back[j] = before.grad
+                del after, signal, before
+        return total
+
+    def _losses(self, final: list[torch.Tensor], parts: Sequence[Batch], counted: int) -> tuple[float, list[torch.Tensor | None]]:
+        """(summed loss, its gradient in each micro-batch's final residual stream); None for one without a response.
+
+        A stream is dropped from `final` as soon as it has served.
+        """
+        total = 0.0
+        back: list[torch.Tensor | None] = []
+        for j, part in enumerate(parts):
+            leaf = final[j].detach().requires_grad_(True)
+            final[j] = torch.empty(0)
+            states, labels = response_positions(leaf, part["labels"].to(self.loader.device))
+            if not labels.numel():
+                back.append(None)
+                continue
+            normed = self._norm(states)
+            if self._head is not None:
+                loss = chunked_loss(normed, self._head, labels, self.softcap)
+            else:
+                loss = head_loss(normed, labels, self.loader.head_chunks, self.softcap)
+            (loss / counted).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            back.append(leaf.grad)
+            del leaf, states, normed, loss
+        return total, back
+
+    def blocks(self) -> list[LoraBlock]:
+        """The LoRA factors by global layer index and module, sorted."""
+        return [block for index, kept in self.assigned.items() for block in extract(self._modules[index], index, kept.targets)]
+
+    def close(self) -> None:
+        """Give weights and activations back."""
+        self.layers.close()
+        self._prefix.close()
+        self._boundaries.close()
