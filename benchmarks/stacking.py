@@ -42,7 +42,7 @@ def main() -> None:
             parts.append(Contribution(f"d{index:03}", 1 / HOLDERS, 2.0, RANK, path))
 
         def aggregate(previous: Path | None, out: Path) -> None:
-            aggregate_layer(0, MANIFEST, [NAME], previous, parts, out)
+            aggregate_layer(0, MANIFEST, {NAME: parts}, previous, out)
 
         def broadcast(_: Path | None, out: Path) -> None:
             broadcast_layer(folder / "first", 0, MANIFEST, BROADCAST, out)

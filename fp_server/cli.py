@@ -130,7 +130,7 @@ def start(
                 checkpoint, dir / "cache", lambda done, total: shown.update(f"fingerprinting {done / total:.0%}")
             )
         manifest = checkpoint.manifest(config.model.name, fingerprint)
-    config.targets(manifest)
+    config.check(manifest)
     if config.limits.min_holders == 1:
         err.print(
             "warning: limits.min_holders is 1: a layer only one device trained goes to all devices as that device's own update",

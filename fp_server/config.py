@@ -22,8 +22,14 @@ from common.types import (
     RunSpec,
     Start,
     TrainSpec,
+    UnitId,
+    model_units,
+    unit_modules,
 )
 from fp_server.methods import METHODS
+
+COMPONENTS = Part.ATTENTION
+"""What `RunSpec.part` and `ProbeSpec.part` hold in component mode: anything but LAYER means components there."""
 
 
 class ServerConfig(Section):
@@ -162,22 +168,21 @@ class ProbeSection(Section):
 class PruningSection(Section):
     """``[pruning]``."""
 
-    units: Part = Part.LAYER
+    units: Literal["layer", "component"] = "layer"
+    """Whole layers, or attention and feed-forward apart (FedPruner+, paper §3.3)."""
     eigenvectors: Literal["k", "k-1"] = "k"
 
-    @field_validator("units")
-    @classmethod
-    def _layers(cls, value: Part) -> Part:
-        if value is not Part.LAYER:
-            raise ValueError("only 'layer' is available in this version")
-        return value
+    @property
+    def part(self) -> Part:
+        """How specs say it: `COMPONENTS` for component mode."""
+        return Part.LAYER if self.units == "layer" else COMPONENTS
 
 
 class LimitSection(Section):
     """``[limits]``."""
 
     min_holders: PositiveInt = 1
-    """A layer with fewer holders in a round keeps what it had (docs/algorithm.md, privacy)."""
+    """A unit with fewer holders in a round keeps what it had (docs/algorithm.md, privacy)."""
     max_update_norm: PositiveFloat | None = None
     """Largest Frobenius norm of (α/r)·B·A a module may have; none by default."""
 
@@ -206,6 +211,21 @@ class RunConfig(Section):
             chosen |= found
         return tuple(sorted(chosen))
 
+    def units(self, layers: int) -> tuple[UnitId, ...]:
+        """The units of a model of so many layers, in model order: what FDLO groups and a device's capacity counts."""
+        return model_units(self.pruning.part, layers)
+
+    def check(self, manifest: ModelManifest) -> None:
+        """What only the model can tell. Raises ConfigError when the run could not work on it."""
+        targets = self.targets(manifest)
+        for unit in self.units(1):
+            if not unit_modules(unit, targets):
+                known = ", ".join(unit_modules(unit, tuple(m.name for m in manifest.modules)))
+                raise ConfigError(
+                    f'lora.targets: with pruning.units = "component" a device may get {unit.part} parts alone, '
+                    f"and none of their modules is named (there are: {known or 'none'})"
+                )
+
     def learning_rate(self, round_index: int) -> float:
         """Cosine over the rounds, constant within one (paper, Appendix E). `round_index` is 0-based."""
         last = self.run.rounds - 1
@@ -231,7 +251,7 @@ class RunConfig(Section):
     def probe_spec(self, seed: int) -> ProbeSpec:
         """What a device measures."""
         return ProbeSpec(
-            part=self.pruning.units, positions=self.probe.positions, kernel=self.probe.kernel, sample=self.probe.sample,
+            part=self.pruning.part, positions=self.probe.positions, kernel=self.probe.kernel, sample=self.probe.sample,
             batch_size=self.probe.batch_size, sequence_length=self.train.sequence_length, seed=seed,
         )  # fmt: skip
 
@@ -239,6 +259,6 @@ class RunConfig(Section):
         """What devices plan their memory from."""
         return RunSpec(
             run=self.run.name, model=self.model.name, fingerprint=manifest.fingerprint, method=self.run.method,
-            part=self.pruning.units, train=self.train_spec(manifest, self.train.learning_rate, 0),
+            part=self.pruning.part, train=self.train_spec(manifest, self.train.learning_rate, 0),
             probe=self.probe_spec(0), broadcast_rank=self.lora.broadcast_rank, rounds=self.run.rounds,
         )  # fmt: skip

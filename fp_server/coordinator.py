@@ -36,6 +36,7 @@ from common.types import (
     UpdateReady,
 )
 from fp_server import events as e
+from fp_server.capacity import plan_problem
 from fp_server.commands import (
     Aggregate,
     Choose,
@@ -361,7 +362,7 @@ class Coordinator:
         machine = self.active
         if machine is None or report.run != machine.name or not machine.awaits_plan(device):
             return
-        if not report.refusal and (problem := _plan_problem(report, machine.manifest)):
+        if not report.refusal and (problem := plan_problem(report, machine.manifest, machine.units)):
             report = replace(report, capacities=(), unit_bytes=(), refusal=problem)
         before = machine.plans.get(device)
         joined = before is not None and before.samples > 0
@@ -391,7 +392,7 @@ class Coordinator:
         member = machine.current.members.get(device) if machine.current is not None else None
         if member is None or machine.current is None or machine.current.opened.key != r.key or member.probe is not None:
             return
-        units = 0 if machine.current.opened.evaluate else machine.manifest.layers
+        units = 0 if machine.current.opened.evaluate else len(machine.units)
         if text := _probe_problem(r, units):
             await self._insist(e.DeviceDropped(machine.name, r.key, device, "ProtocolError", text))
             return
@@ -452,7 +453,7 @@ class Coordinator:
     async def start_run(self, toml: str, manifest: ModelManifest) -> str:
         """Start a run. Raises ConfigError (bad file, name taken, another run active)."""
         config: RunConfig = parse_run(toml, "run file")
-        config.targets(manifest)
+        config.check(manifest)
         return await self._whole(self._start_run(config, toml, manifest))
 
     async def _start_run(self, config: RunConfig, toml: str, manifest: ModelManifest) -> str:
@@ -510,14 +511,3 @@ def _probe_problem(r: ProbeReport, units: int) -> str:
     if float(abs(r.similarity - r.similarity.T).max()) > 0.01:
         return "the probe's similarity matrix is not symmetric"
     return ""
-
-
-def _plan_problem(report: PlanReport, manifest: ModelManifest) -> str:
-    if report.fingerprint != manifest.fingerprint:
-        ours, theirs = manifest.fingerprint[:16], report.fingerprint[:16]
-        return f"the device's base weights have fingerprint {theirs}…, the run's {ours}…"
-    if len(report.unit_bytes) != manifest.layers:
-        return f"the plan has {len(report.unit_bytes)} units, the model {manifest.layers} layers"
-    if any(c.units > manifest.layers or c.micro_batch < 1 for c in report.capacities):
-        return "the plan has a capacity of more units than the model, or a micro-batch of 0"
-    return "" if report.samples > 0 else "the device has no training examples"

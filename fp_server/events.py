@@ -122,6 +122,14 @@ class RoundClosed:
 
 
 @dataclass(frozen=True)
+class UnitHolders:
+    """S_l of Eq. 5: the devices whose updates of a unit were stacked, in device-id order."""
+
+    unit: UnitId
+    holders: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class UnitCommit:
     """What one layer of the ledger became. `dropped`: energy fraction the broadcast leaves out."""
 
@@ -129,7 +137,10 @@ class UnitCommit:
     ledger: ObjectRef
     broadcast: ObjectRef
     holders: tuple[str, ...]
+    """The devices whose update of the layer, or of a component of it, was stacked."""
     dropped: float
+    parts: tuple[UnitHolders, ...] = ()
+    """In component mode: the holders of each stacked component. Empty: every holder trained the whole layer."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +151,13 @@ class RoundCommitted:
     key: TaskKey
     units: tuple[UnitCommit, ...]
     held_back: tuple[int, ...]
-    """Layers with fewer holders than `min_holders`: their updates were not used."""
+    """Layers none of whose updates were used, as no unit of theirs had `min_holders` holders."""
     weights: dict[str, int]
     """Device -> |D_n| as used for Eq. 5."""
     bytes_up: int
     bytes_down: int
+    held_back_units: tuple[UnitId, ...] = ()
+    """In component mode: the components with fewer holders than `min_holders`, also where the layer's other one was used."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ immutable: each round writes a new one, and a layer nobody trained keeps its fil
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,11 +27,11 @@ OPEN_FILES = 32
 
 @dataclass(frozen=True)
 class Contribution:
-    """One accepted update that holds a layer. Weight, scale and rank are the roster's and the assignment's."""
+    """One accepted update that holds a module. Weight, scale and rank are the roster's and the assignment's."""
 
     device: str
     weight: float
-    """w_n of Eq. 5, normalised over the layer's holders."""
+    """w_n of Eq. 5, normalised over the module's holders."""
     scale: float
     """α_n / r_n."""
     rank: int
@@ -88,21 +88,22 @@ def open_ledger(path: Path) -> TensorFile:
 def aggregate_layer(
     layer: int,
     manifest: ModelManifest,
-    targets: Sequence[str],
+    contributions: Mapping[str, Sequence[Contribution]],
     previous: Path | None,
-    contributions: Sequence[Contribution],
     out: Path,
     start: Start = Start.FRESH,
     given: Path | None = None,
 ) -> bool:
     """Write the layer's next ledger to `out` (synced; the caller renames it). Holds one module and one device's block.
 
-    `targets`: the modules every contribution trained; the ledger's other modules are copied. `given`: for
-    `Start.GLOBAL`, the broadcast file the devices started from (`broadcast_layer`), None when there was none yet.
-    Returns False, and writes nothing, when there are no contributions: the layer keeps its bytes. Raises StorageError
-    for a damaged ledger, ValueError as `update_fresh` does and when `given` is lacking although there is a ledger.
+    `contributions`: module -> the updates that trained it (a layer's components may have different holders); the
+    ledger's other modules are copied to the bit. `given`: for `Start.GLOBAL`, the broadcast file the devices started
+    from (`broadcast_layer`), None when there was none yet. Returns False, and writes nothing, when nobody trained
+    anything: the layer keeps its bytes. Raises StorageError for a damaged ledger, ValueError as `update_fresh` does
+    and when `given` is lacking although there is a ledger.
     """
-    if not contributions:
+    trained = {name: parts for name, parts in contributions.items() if parts}
+    if not trained:
         return False
     if start is Start.GLOBAL and previous is not None and given is None:
         raise ValueError(f"layer {layer + 1}: what the devices continued would be counted twice without the broadcast file")
@@ -110,20 +111,17 @@ def aggregate_layer(
         ledger = None if previous is None else files.ledger(previous)
         start_from = None if given is None or start is not Start.GLOBAL else files.ledger(given)
         ranks = {m.name: ledger_rank(ledger, layer, m) for m in manifest.modules}
-        trained = [m for m in manifest.modules if m.name in targets]
-        if unknown := set(targets) - {m.name for m in trained}:
+        if unknown := trained.keys() - ranks.keys():
             raise ValueError(f"{manifest.name} has no module {min(unknown)!r}")
-        most = max(c.rank for c in contributions)
-        for module in trained:
-            given_rank = _given_rank(start_from, layer, module)
-            ranks[module.name] = next_rank(
-                ranks[module.name], (module.d_out, module.d_in), [c.rank for c in contributions], min(given_rank, most)
-            )
+        for module in manifest.modules:
+            if added := [c.rank for c in trained.get(module.name, ())]:
+                taken_back = min(_given_rank(start_from, layer, module), max(added))
+                ranks[module.name] = next_rank(ranks[module.name], (module.d_out, module.d_in), added, taken_back)
         with TensorWriter(out, _shapes(layer, manifest, ranks)) as writer:
             for module in manifest.modules:
                 delta = read_delta(ledger, layer, module)
-                if module in trained:
-                    holders = [_holder(files, c, layer, module.name) for c in contributions]
+                if module.name in trained:
+                    holders = [_holder(files, c, layer, module.name) for c in trained[module.name]]
                     if start is Start.GLOBAL:
                         delta = update_global(delta, _given(start_from, layer, module), holders)
                     else:

@@ -23,7 +23,7 @@ def tell(event: e.Event) -> None:
         case e.ProbeReceived():
             logger.info("device %s: full-model loss %.4f", event.device, event.loss)
         case e.Assigned():
-            logger.info("device %s gets layers %s", event.device, " ".join(u.label for u in event.units))
+            logger.info("device %s gets %s", event.device, " ".join(u.label for u in event.units))
         case e.UpdateAccepted():
             logger.info("device %s: update of %.1f MiB accepted", event.device, event.ref.size / 2**20)
         case e.DeviceDropped():

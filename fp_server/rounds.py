@@ -54,6 +54,8 @@ class RunMachine:
         self.config, self.manifest = config, manifest
         self.name = config.run.name
         self.spec = config.run_spec(manifest)
+        self.units = config.units(manifest.layers)
+        """The model's units, in model order: what an index in a probe, a plan or a draw means."""
         self.connected: set[str] = set()
         self.stale: set[str] = set()
         """Devices that have connected since they last said what they can hold."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from common.types import UnitId
 from fp_server import events as e
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Member, Round
@@ -119,10 +120,23 @@ def _round(a_round: Round, commit: e.RoundCommitted | None) -> dict[str, Any]:
         "bytes_down": commit.bytes_down if commit else None,
         "changed_layers": [u.layer + 1 for u in commit.units] if commit else [],
         "held_back_layers": [layer + 1 for layer in commit.held_back] if commit else [],
+        "held_back_units": [unit.label for unit in commit.held_back_units] if commit else [],
+        "holders": _stacked(commit) if commit else {},
         "energy_dropped": {str(u.layer + 1): u.dropped for u in commit.units} if commit else {},
         "weights": commit.weights if commit else {},
         "devices": {device: _member(member) for device, member in a_round.members.items()},
     }
+
+
+def _stacked(commit: e.RoundCommitted) -> dict[str, list[str]]:
+    """Unit name -> the devices whose updates of it were stacked."""
+    out: dict[str, list[str]] = {}
+    for changed in commit.units:
+        if changed.parts:
+            out |= {part.unit.label: list(part.holders) for part in changed.parts}
+        else:
+            out[UnitId(changed.layer).label] = list(changed.holders)
+    return out
 
 
 def _member(member: Member) -> dict[str, Any]:

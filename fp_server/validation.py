@@ -13,7 +13,7 @@ import numpy as np
 from common.blocks import key
 from common.errors import ModelError, UpdateRejected
 from common.tensorfile import TensorFile
-from common.types import Assignment, Factors, FloatArray, ModelManifest
+from common.types import Assignment, Factors, FloatArray, ModelManifest, unit_modules
 from fp_server.lowrank import Float64
 
 HEADER_LIMIT = 8 << 20
@@ -29,15 +29,15 @@ def expected_shapes(assignment: Assignment, manifest: ModelManifest) -> dict[str
     """
     spec = assignment.spec
     shapes: dict[str, tuple[int, int]] = {}
-    for layer in sorted({unit.layer for unit in assignment.units}):
-        for target in spec.targets:
+    for unit in sorted(assignment.units):
+        for target in unit_modules(unit, spec.targets):
             module = manifest.module(target)
-            if module is None or layer >= manifest.layers:
-                raise ValueError(f"{manifest.name} has no module {target!r} in layer {layer + 1}")
+            if module is None or unit.layer >= manifest.layers:
+                raise ValueError(f"{manifest.name} has no module {target!r} in layer {unit.layer + 1}")
             if spec.upload is not Factors.B:
-                shapes[key(layer, target, "A")] = (spec.rank, module.d_in)
+                shapes[key(unit.layer, target, "A")] = (spec.rank, module.d_in)
             if spec.upload is not Factors.A:
-                shapes[key(layer, target, "B")] = (module.d_out, spec.rank)
+                shapes[key(unit.layer, target, "B")] = (module.d_out, spec.rank)
     return shapes
 
 

@@ -92,9 +92,10 @@ def _devices(status: dict[str, Any]) -> Table:
 
 
 def spans(labels: list[str]) -> str:
-    """Unit names, runs of layers joined: ``1-4 14 24-30``."""
+    """Unit names, runs of layers joined: ``1-4 7N 14 24-30``. A layer's two components together are its number."""
+    layers = [label.rstrip("MN") for label in labels]
     parts: list[list[str]] = []
-    for label in labels:
+    for label in dict.fromkeys(n if layers.count(n) > 1 else label for n, label in zip(layers, labels, strict=True)):
         if parts and label.isdigit() and parts[-1][-1].isdigit() and int(label) == int(parts[-1][-1]) + 1:
             parts[-1].append(label)
         else:
@@ -127,7 +128,7 @@ def _round_line(entry: dict[str, Any], loss: float | None) -> Text:
 
 
 def _round_table(entry: dict[str, Any]) -> Table:
-    table = Table("device", "groups", "layers drawn", "up", "peak (planned)", "submodel loss", "", box=None, header_style="dim")
+    table = Table("device", "groups", "units drawn", "up", "peak (planned)", "submodel loss", "", box=None, header_style="dim")
     for device, member in entry["devices"].items():
         trained = "loss_last" in member
         peak = f"{size(member['measured_peak_bytes'])} ({size(member['predicted_peak_bytes'])})" if trained else ""

@@ -7,6 +7,7 @@ back an event. The same state gives the same event, so a restart simply does the
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from common.blocks import block_names, key
 from common.config import parse
 from common.errors import BudgetError, TooLate
 from common.tensorfile import TensorFile
-from common.types import TaskKey, UnitId
+from common.types import Part, TaskKey, UnitId, unit_modules
 from fp_server import events as e
+from fp_server.capacity import byte_limit
 from fp_server.config import RunConfig
 from fp_server.ledger import Contribution, aggregate_layer, broadcast_layer
 from fp_server.methods import METHODS, PlanInputs
@@ -40,25 +42,25 @@ def _current(machine: RunMachine, task: TaskKey) -> Round:
 
 
 def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
-    """FDLO and IALS for one device (paper §3.1, §3.2). Raises BudgetError when nothing fits, TooLate."""
+    """The method's choice of units for one device (paper §3.1, §3.2). Raises BudgetError when nothing fits, TooLate."""
     current = _current(machine, task)
     probe, report = current.members[device].probe, machine.plans[device].report
     capacity = report.capacity(machine.config.train.gradient)
     if probe is None or capacity is None or capacity.units < 1:
         raise BudgetError(f"device {device!r} said meanwhile that it can't hold a submodel: {report.refusal}")
-    # The plan's unit count is for the largest units: what that many cost is what the draw may cost.
-    limit = sum(sorted(report.unit_bytes, reverse=True)[: capacity.units])
+    units = machine.units
     inputs = PlanInputs(
-        probe.similarity, probe.in_out, capacity.units, report.unit_bytes, limit, machine.config.pruning.eigenvectors
-    )
+        probe.similarity, probe.in_out, capacity.units, report.unit_bytes, byte_limit(report, capacity, units),
+        machine.config.pruning.eigenvectors,
+    )  # fmt: skip
     rng = rng_for(machine.config.run.seed, task.round, device, f"plan/{task.attempt}")
     draw = METHODS[machine.config.run.method].plan(inputs, rng)
     return e.Assigned(
         machine.name,
         task,
         device,
-        tuple(UnitId(unit) for unit in draw.units),
-        tuple(tuple(UnitId(unit) for unit in group) for group in draw.groups),
+        tuple(units[index] for index in draw.units),
+        tuple(tuple(units[index] for index in group) for group in draw.groups),
         draw.probabilities,
         draw.redraws,
         draw.reductions,
@@ -70,33 +72,27 @@ def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
 def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, bytes_down: int) -> e.RoundCommitted:
     """Stack a closed round's accepted updates, layer by layer, one module at a time (Eq. 5).
 
-    Raises StorageError (disk full, damaged object); then nothing has changed and it can be tried again. Raises
-    TooLate when the run was stopped.
+    Holders, weights and `min_holders` are a unit's: in component mode a layer's attention modules may have other
+    holders than its feed-forward modules. Raises StorageError (disk full, damaged object); then nothing has changed
+    and it can be tried again. Raises TooLate when the run was stopped.
     """
     current = _current(machine, task)
     config, manifest = machine.config, machine.manifest
-    method, targets = METHODS[config.run.method], config.targets(manifest)
-    accepted = {d: m for d, m in sorted(current.members.items()) if m.accepted is not None}
-    samples = {device: machine.plans[device].samples for device in accepted}
+    accepted = {d: m.accepted for d, m in sorted(current.members.items()) if m.accepted is not None}
     commits: list[e.UnitCommit] = []
-    held_back: list[int] = []
-    for layer, holders in sorted(_holders(current).items()):
-        if len(holders) < config.limits.min_holders:
-            held_back.append(layer)
+    held_back: list[UnitId] = []
+    for layer, touched in _holders(current).items():
+        used = tuple(h for h in touched if len(h.holders) >= config.limits.min_holders)
+        held_back += [h.unit for h in touched if h not in used]
+        if not used:
             continue
-        weights = method.weights({device: samples[device] for device in holders})
-        scale = config.lora.alpha / config.lora.rank
-        parts: list[Contribution] = []
-        for device in holders:
-            update = accepted[device].accepted
-            assert update is not None
-            parts.append(Contribution(device, weights[device], scale, config.lora.rank, store.path(update.ref.digest)))
+        contributions = _contributions(machine, store, used)
         ledger, broadcast = machine.ledger.get(layer), machine.broadcast.get(layer)
         scratch = _Scratch(store)
         try:
             out = scratch.file()
             aggregate_layer(
-                layer, manifest, targets, store.path(ledger.digest) if ledger else None, parts, out,
+                layer, manifest, contributions, store.path(ledger.digest) if ledger else None, out,
                 config.lora.start, store.path(broadcast.digest) if broadcast else None,
             )  # fmt: skip
             new_ledger = store.adopt(out)
@@ -108,19 +104,50 @@ def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, byte
             raise storage_error(store.scratch, error) from None
         finally:
             scratch.clear()
-        commits.append(e.UnitCommit(layer, new_ledger, new_broadcast, tuple(holders), energy))
-    bytes_up = sum(m.accepted.ref.size for m in accepted.values() if m.accepted is not None)
-    return e.RoundCommitted(machine.name, task, tuple(commits), tuple(held_back), samples, bytes_up, bytes_down)
+        holders = tuple(sorted({device for h in used for device in h.holders}))
+        parts = () if used[0].unit.part is Part.LAYER else used
+        commits.append(e.UnitCommit(layer, new_ledger, new_broadcast, holders, energy, parts))
+    committed = {commit.layer for commit in commits}
+    return e.RoundCommitted(
+        machine.name,
+        task,
+        tuple(commits),
+        tuple(sorted({unit.layer for unit in held_back} - committed)),
+        {device: machine.plans[device].samples for device in accepted},
+        sum(update.ref.size for update in accepted.values()),
+        bytes_down,
+        tuple(unit for unit in held_back if unit.part is not Part.LAYER),
+    )
 
 
-def _holders(current: Round) -> dict[int, list[str]]:
-    """S_l of Eq. 5: layer -> the devices whose accepted update holds it, in device-id order."""
-    holders: dict[int, list[str]] = {}
+def _holders(current: Round) -> dict[int, list[e.UnitHolders]]:
+    """S_l of Eq. 5 by layer: for each unit in an accepted update, in model order, its devices in id order."""
+    holders: dict[UnitId, list[str]] = {}
     for device, member in sorted(current.members.items()):
         if member.accepted is not None and member.assigned is not None:
-            for layer in sorted({unit.layer for unit in member.assigned.units}):
-                holders.setdefault(layer, []).append(device)
-    return holders
+            for unit in member.assigned.units:
+                holders.setdefault(unit, []).append(device)
+    layers: dict[int, list[e.UnitHolders]] = {}
+    for unit, devices in sorted(holders.items()):
+        layers.setdefault(unit.layer, []).append(e.UnitHolders(unit, tuple(devices)))
+    return layers
+
+
+def _contributions(machine: RunMachine, store: ObjectStore, units: Sequence[e.UnitHolders]) -> dict[str, list[Contribution]]:
+    """Module -> what its unit's holders add to it, weighted among themselves."""
+    current, config = machine.current, machine.config
+    assert current is not None
+    targets, scale = config.targets(machine.manifest), config.lora.alpha / config.lora.rank
+    out: dict[str, list[Contribution]] = {}
+    for unit in units:
+        weights = METHODS[config.run.method].weights({device: machine.plans[device].samples for device in unit.holders})
+        parts: list[Contribution] = []
+        for device in unit.holders:
+            update = current.members[device].accepted
+            assert update is not None
+            parts.append(Contribution(device, weights[device], scale, config.lora.rank, store.path(update.ref.digest)))
+        out.update(dict.fromkeys(unit_modules(unit.unit, targets), parts))
+    return out
 
 
 def _dropped_energy(broadcast: Path, dropped: dict[str, float]) -> float:

@@ -38,12 +38,15 @@ from common.types import (
     ModelManifest,
     ModuleShape,
     ObjectRef,
+    Part,
     PlanReport,
     ProbeReport,
     ProbeTask,
     TaskKey,
     UpdateMetrics,
     UpdateReady,
+    model_units,
+    unit_modules,
 )
 from fp_server.app import initialise, read_endpoint
 from fp_server.config import ServerConfig
@@ -84,12 +87,12 @@ positions = 16
 
 
 def run_toml(start: str = "fresh", **values: Any) -> str:
-    """A run file; `values` replace or add keys of ``[run]``, ``lora_…`` of ``[lora]``, ``limits_…`` of ``[limits]``."""
+    """A run file; `values` replace or add keys of ``[run]``, ``lora_…`` of ``[lora]``, and so for limits, train and pruning."""
     text = RUN.format(start=start)
     lines = text.splitlines()
     for name, value in values.items():
         section, _, key = name.partition("_")
-        section, key = (section, key) if section in ("lora", "limits", "train") else ("run", name)
+        section, key = (section, key) if section in ("lora", "limits", "train", "pruning") else ("run", name)
         if f"[{section}]" not in lines:
             lines.append(f"[{section}]")
         begin = lines.index(f"[{section}]") + 1
@@ -251,15 +254,19 @@ def seeded(*parts: object) -> np.random.Generator:
     return np.random.default_rng(list(hashlib.sha256(repr(parts).encode()).digest()))
 
 
-def plan_report(run: str, manifest: ModelManifest = MANIFEST, units: int = 3, samples: int = 40) -> PlanReport:
-    """An honest plan."""
-    capacity = Capacity(Gradient.SUBMODEL, units, 1, True, 1 << 20)
-    return PlanReport(run, samples, manifest.fingerprint, (capacity,), (1000,) * manifest.layers, 1 << 20, "", 1 << 21)
+def plan_report(
+    run: str, manifest: ModelManifest = MANIFEST, units: int = 3, samples: int = 40, part: Part = Part.LAYER
+) -> PlanReport:
+    """An honest plan of a device that holds so many layers: 250 bytes of each are attention."""
+    sizes = (1000,) if part is Part.LAYER else (250, 750)
+    capacity = Capacity(Gradient.SUBMODEL, units * len(sizes), 1, True, 1 << 20)
+    return PlanReport(run, samples, manifest.fingerprint, (capacity,), sizes * manifest.layers, 1 << 20, "", 1 << 21)
 
 
 def probe_report(task: ProbeTask, device: str, layers: int) -> ProbeReport:
     """A valid similarity matrix: squared cosines of random vectors."""
     rng = seeded(device, task.key.round, "probe")
+    layers = len(model_units(task.spec.part, layers))
     if not task.similarity:
         return ProbeReport(task.key, np.empty((0, 0), np.float32), np.empty(0, np.float32), 2.0 + rng.random(), 100, 5, 0.5)
     rows = rng.standard_normal((layers, 5))
@@ -274,7 +281,7 @@ def blocks_of(assignment: Assignment, device: str, manifest: ModelManifest = MAN
     """An update for an assignment, made from the device and the round alone."""
     out = []
     for unit in assignment.units:
-        for target in assignment.spec.targets:
+        for target in unit_modules(unit, assignment.spec.targets):
             shape = manifest.module(target)
             assert shape is not None
             rng = seeded(device, assignment.key.round, unit.layer, target)
@@ -347,8 +354,8 @@ class Device:
                     message = await read(call)
                     match message.WhichOneof("body"):
                         case "plan":
-                            run = message.plan.spec.run
-                            report = plan_report(run, self.manifest, self.units, self.samples)
+                            spec = serde.run_spec_from_pb(message.plan.spec)
+                            report = plan_report(spec.run, self.manifest, self.units, self.samples, spec.part)
                             await call.write(session_pb2.DeviceMessage(plan=serde.plan_report_to_pb(report)))
                             await self._hook("planned")
                         case "probe":

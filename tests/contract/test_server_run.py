@@ -11,7 +11,10 @@ import pytest
 from server_side import MANIFEST, MODULES, Device, Server, blocks_of, run_toml, whole_run
 
 from common.tensorfile import TensorFile
+from common.types import component_units, unit_modules
 from fp_server.exporting import export_run
+
+SAMPLES = {"alice": 40, "bob": 10}
 
 
 def one_run(directory: Path, start: str) -> tuple[dict, dict[int, str], list[Device], Server]:
@@ -71,6 +74,39 @@ def test_the_export_is_the_weighted_sum_of_what_was_pushed(tmp_path):
         for (layer, module), delta in expected.items():
             name = next(n for n in file.tensors if f".{layer}.{module}.lora_A" in n)
             got = file.float32(name.replace("lora_A", "lora_B")).astype(np.float64) @ file.float32(name)
+            np.testing.assert_allclose(got, delta, atol=1e-5)
+
+
+def test_components_run_to_the_end_and_each_is_summed_over_its_own_holders(server):
+    devices = [Device(server, "alice"), Device(server, "bob", units=2, samples=10)]
+    status = asyncio.run(whole_run(server, devices, run_toml(pruning_units="component")))
+    assert status["state"] == "finished" and status["rounds_done"] == 2
+    assert [len(status["history"][0]["devices"][d]["units"]) for d in ("alice", "bob")] == [6, 4]
+    expected: dict[tuple[int, str], np.ndarray] = {}
+    alone = 0
+    for index in range(2):
+        held = {d.name: next(a for a in d.assignments if a.key.round == index) for d in devices}
+        for name, assignment in held.items():
+            assert sum({"M": 250, "N": 750}[unit.label[-1]] for unit in assignment.units) <= 1000 * len(assignment.units) // 2
+            for block in blocks_of(assignment, name):
+                unit = next(
+                    u for u in component_units(MANIFEST.layers) if u.layer == block.layer and unit_modules(u, (block.module,))
+                )
+                total = sum(count for other, count in SAMPLES.items() if unit in held[other].units)
+                alone += total < sum(SAMPLES.values())
+                update = SAMPLES[name] / total * (4.0 / 2) * (block.b.astype(np.float64) @ block.a)
+                expected[block.layer, block.module] = expected.get((block.layer, block.module), 0) + update
+        told = status["history"][index]["holders"]
+        wanted = {unit.label: sorted(d for d in held if unit in held[d].units) for a in held.values() for unit in a.units}
+        assert told == wanted
+    assert alone > 0, "some components had one holder"
+    export_run(server.directory, "", server.directory / "adapter", "", None)
+    with TensorFile(server.directory / "adapter" / "adapter_model.safetensors") as file:
+        names = {name.rsplit(".lora_", 1)[0] for name in file.tensors}
+        assert names == {f"base_model.model.model.layers.{layer}.{module}" for layer, module in expected}
+        for (layer, module), delta in expected.items():
+            name = f"base_model.model.model.layers.{layer}.{module}.lora_{{}}.weight"
+            got = file.float32(name.format("B")).astype(np.float64) @ file.float32(name.format("A"))
             np.testing.assert_allclose(got, delta, atol=1e-5)
 
 

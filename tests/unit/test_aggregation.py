@@ -260,6 +260,11 @@ def contribution(tmp_path: Path, device: str, weight: float, rank: int, seed: in
     return Contribution(device, weight, 2.0, rank, path)
 
 
+def all_by(parts: Sequence[Contribution]) -> dict[str, Sequence[Contribution]]:
+    """The same updates for every module: whole layers."""
+    return dict.fromkeys(TARGETS, parts)
+
+
 def ledger_full(path: Path | None, module: ModuleShape) -> np.ndarray:
     if path is None:
         return np.zeros((module.d_out, module.d_in))
@@ -287,7 +292,7 @@ def test_rounds_on_disk_equal_the_sums(tmp_path: Path, start: Start, monkeypatch
     for index in range(5):
         parts = [contribution(tmp_path, "b", 0.25, 2, 2 * index), contribution(tmp_path, "a", 0.75, 3, 2 * index + 1)]
         out = tmp_path / f"ledger-{index}"
-        assert aggregate_layer(LAYER, MANIFEST, TARGETS, previous, parts, out, start, given)
+        assert aggregate_layer(LAYER, MANIFEST, all_by(parts), previous, out, start, given)
         for module in MODULES:
             want[module.name] += contributed(parts, module)
             if start is Start.GLOBAL and given is not None:
@@ -313,7 +318,7 @@ def test_rounds_on_disk_equal_the_sums(tmp_path: Path, start: Start, monkeypatch
 def test_the_same_round_gives_the_same_bytes(tmp_path: Path) -> None:
     parts = [contribution(tmp_path, "b", 0.25, 2, 1), contribution(tmp_path, "a", 0.75, 7, 2)]
     for name, order in (("x", parts), ("y", parts[::-1])):
-        aggregate_layer(LAYER, MANIFEST, TARGETS, None, order, tmp_path / name)
+        aggregate_layer(LAYER, MANIFEST, all_by(order), None, tmp_path / name)
         broadcast_layer(tmp_path / name, LAYER, MANIFEST, 3, tmp_path / f"{name}-sent")
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
     assert (tmp_path / "x-sent").read_bytes() == (tmp_path / "y-sent").read_bytes()
@@ -321,10 +326,10 @@ def test_the_same_round_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_layer_nobody_trained_keeps_its_bytes(tmp_path: Path) -> None:
     first = tmp_path / "first"
-    aggregate_layer(LAYER, MANIFEST, TARGETS, None, [contribution(tmp_path, "a", 1.0, 2, 1)], first)
+    aggregate_layer(LAYER, MANIFEST, all_by([contribution(tmp_path, "a", 1.0, 2, 1)]), None, first)
     before, stamp = first.read_bytes(), first.stat().st_mtime_ns
     for start in Start:
-        assert aggregate_layer(LAYER, MANIFEST, TARGETS, first, [], tmp_path / "second", start) is False
+        assert aggregate_layer(LAYER, MANIFEST, all_by([]), first, tmp_path / "second", start) is False
     assert not (tmp_path / "second").exists()
     assert (first.read_bytes(), first.stat().st_mtime_ns) == (before, stamp)
 
@@ -332,8 +337,8 @@ def test_a_layer_nobody_trained_keeps_its_bytes(tmp_path: Path) -> None:
 def test_modules_outside_the_targets_are_copied_to_the_bit(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     part = contribution(tmp_path, "a", 1.0, 2, 1)
-    aggregate_layer(LAYER, MANIFEST, TARGETS, None, [part], first)
-    aggregate_layer(LAYER, MANIFEST, ("self_attn.q_proj",), first, [part], second)
+    aggregate_layer(LAYER, MANIFEST, all_by([part]), None, first)
+    aggregate_layer(LAYER, MANIFEST, {"self_attn.q_proj": [part]}, first, second)
     with TensorFile(first) as old, TensorFile(second) as new:
         assert set(old.tensors) == set(new.tensors)
         for name in old.tensors:
@@ -342,11 +347,11 @@ def test_modules_outside_the_targets_are_copied_to_the_bit(tmp_path: Path) -> No
 
 def test_global_without_the_broadcast_is_refused(tmp_path: Path) -> None:
     part = contribution(tmp_path, "a", 1.0, 2, 1)
-    aggregate_layer(LAYER, MANIFEST, TARGETS, None, [part], tmp_path / "first", Start.GLOBAL)
+    aggregate_layer(LAYER, MANIFEST, all_by([part]), None, tmp_path / "first", Start.GLOBAL)
     with pytest.raises(ValueError, match="counted twice"):
-        aggregate_layer(LAYER, MANIFEST, TARGETS, tmp_path / "first", [part], tmp_path / "second", Start.GLOBAL)
+        aggregate_layer(LAYER, MANIFEST, all_by([part]), tmp_path / "first", tmp_path / "second", Start.GLOBAL)
     with pytest.raises(ValueError, match=r"no module 'mlp\.up'"):
-        aggregate_layer(LAYER, MANIFEST, ("mlp.up",), None, [part], tmp_path / "second")
+        aggregate_layer(LAYER, MANIFEST, {"mlp.up": [part]}, None, tmp_path / "second")
 
 
 def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
@@ -358,7 +363,7 @@ def test_a_damaged_ledger_is_named(tmp_path: Path) -> None:
     ):
         write_tensors(path, tensors)
         with pytest.raises(StorageError, match=r"damaged ledger: layer 3 mlp\.down_proj"):
-            aggregate_layer(LAYER, MANIFEST, TARGETS, path, [part], tmp_path / "next")
+            aggregate_layer(LAYER, MANIFEST, all_by([part]), path, tmp_path / "next")
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(StorageError, match="truncated"):
         broadcast_layer(path, LAYER, MANIFEST, 4, tmp_path / "next")
@@ -379,7 +384,7 @@ def test_aggregation_of_files_holds_one_module_at_a_time(tmp_path: Path) -> None
     parts = [Contribution(f"d{i}", 0.25, 1.0, 8, tmp_path / "update") for i in range(4)]
     tracemalloc.start()
     try:
-        aggregate_layer(0, manifest, [m.name for m in modules], tmp_path / "old", parts, tmp_path / "new")
+        aggregate_layer(0, manifest, {m.name: parts for m in modules}, tmp_path / "old", tmp_path / "new")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

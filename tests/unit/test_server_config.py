@@ -38,7 +38,7 @@ BAD = [
     ("[lora]\ntrain = 'A'\n", 'lora: train = "A" with start = "fresh" changes nothing: B stays 0'),
     ("[lora]\nstart = 'cold'\n", "lora.start: Input should be 'fresh' or 'global' (got 'cold')"),
     ("[train]\ngradient = 'stitched'\n", "train.gradient: only 'submodel' is available in this version (got 'stitched')"),
-    ("[pruning]\nunits = 'ffn'\n", "pruning.units: only 'layer' is available"),
+    ("[pruning]\nunits = 'ffn'\n", "pruning.units: Input should be 'layer' or 'component' (got 'ffn')"),
     ("[pruning]\neigenvectors = 'k+1'\n", "pruning.eigenvectors: Input should be 'k' or 'k-1'"),
     ("[limits]\nmin_holders = 0\n", "limits.min_holders"),
     ("[limits]\nmax_update_norm = -1.0\n", "limits.max_update_norm"),
