@@ -60,6 +60,20 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class StreamPlan:
+    """What of the streamed model stays in memory (`fp_client.stream`). The gradient does not depend on it."""
+
+    resident: int = 0
+    """Layers whose weights stay, the topmost ones."""
+    ahead: bool = False
+    """Whether the next layer is read while one computes: one more layer in memory."""
+    head: bool = True
+    """Whether the head stays; else its rows are read in blocks, twice a step."""
+    boundary_bytes: int = -1
+    """Activations kept in memory between forward and backward; what is beyond goes to disk. −1: all of them stay."""
+
+
+@dataclass(frozen=True)
 class Rows:
     """How many rows a probe has inside a layer, and in a pass (`fp_client.probe.probe`)."""
 

@@ -7,12 +7,12 @@ off) where that costs no unit and no micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from common.errors import BudgetError
-from common.types import Capacity, Gradient, ProbeSpec, TrainSpec
+from common.types import Capacity, Gradient, ProbeSpec, TrainSpec, UnitId
 from fp_client.memory import (
     MIB,
     MICRO_ROWS,
@@ -21,6 +21,7 @@ from fp_client.memory import (
     Kept,
     Rows,
     Setting,
+    StreamPlan,
     probe_peak,
     train_peak,
     unit_bytes,
@@ -93,6 +94,45 @@ def plan(
     probed = probe_peak(shape, setting, probe, heldout_rows, adapter, rows)
     each = unit_bytes(shape, setting, spec, broadcast_rank)
     return Plan(units, micro, checkpointing, max(train.peak, probed.peak), train, probed, rows, (each,) * shape.layers, smallest)
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """How an assignment will be trained, and what it will take. `step_seconds` 0 where it was not predicted."""
+
+    estimate: Estimate
+    stream: StreamPlan
+    step_seconds: float = 0.0
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.estimate.peak
+
+
+def plan_task(
+    shape: Shape,
+    setting: Setting,
+    spec: TrainSpec,
+    broadcast_rank: int,
+    units: Sequence[UnitId],
+    micro_batch: int,
+    checkpointing: bool,
+    budget_bytes: int,
+) -> TaskPlan:
+    """How to train an assignment within `budget_bytes` (0: no bound), with the adapter that actually came.
+
+    Raises BudgetError with what it would take.
+    """
+    kept = Kept(len(units), micro_batch, checkpointing)
+    estimate = train_peak(shape, setting, spec, broadcast_rank, kept)
+    if 0 < budget_bytes < estimate.peak:
+        raise BudgetError(
+            f"the assignment of {len(units)} units needs {estimate.peak >> 20} MiB, the budget is {budget_bytes >> 20} MiB; "
+            "nothing was loaded",
+            estimate.peak,
+        )
+    return TaskPlan(estimate, StreamPlan(ahead=True))
 
 
 def probe_rows(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +24,20 @@ from fp_client.batches import Batch, micro_batches
 from fp_client.families import backbone, logit_softcap
 from fp_client.loader import UnitLoader
 from fp_client.loss import chunked_loss, head_loss, response_positions
+from fp_client.memory import StreamPlan
 from fp_client.spill import Spill
 from fp_client.submodel import frozen, starting
 from fp_client.units import keep
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """What of the stream stays in memory (`fp_client.planner` decides it). The result does not depend on it."""
-
-    resident: int = 0
-    """Layers whose weights stay, the topmost ones."""
-    ahead: bool = False
-    """Whether the next layer is read while one computes: one more layer in memory."""
-    head: bool = True
-    """Whether the head stays; else its rows are read in blocks, twice a step."""
-    boundary_bytes: int = -1
-    """Activations kept in memory; what is beyond goes to disk. −1: all of them stay."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a family passes to one of its layers besides the residual stream."""
 
 
 class _Recorder(nn.Module):
     """Stands where a layer stood, and notes what the family's own forward passes to it."""
 
-    def __init__(self, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+    def __init__(self, calls: list[Call]) -> None:
         super().__init__()
         self.calls = calls
 
@@ -111,6 +99,80 @@ class Layers:
         self._held.clear()
 
 
+class FullModel:
+    """The whole model W_0 + ΔW without its weights: a family's forward, layer by layer."""
+
+    def __init__(
+        self,
+        loader: UnitLoader,
+        adapter: Mapping[int, Sequence[LoraBlock]],
+        plan: StreamPlan,
+        head: bool = True,
+        blocks: Callable[[int], Sequence[LoraBlock]] | None = None,
+    ) -> None:
+        """`adapter`: the broadcast ΔW of every layer. `head`: whether the loss will be asked for. `blocks`:
+        what of a layer's ΔW is frozen (default: all of it)."""
+        self.loader = loader
+        self.model = loader.model()
+        self.softcap = logit_softcap(self.model.config)
+        slots = loader.layers(self.model)
+        self.count = len(slots)
+        self.modules = [slots[index] for index in range(self.count)]
+        self._calls: list[Call] = []
+        for index in range(self.count):
+            slots[index] = _Recorder(self._calls)
+        self._stack = backbone(self.model, loader.family)
+        self._embedding: Any = self._stack.get_submodule(loader.family.embedding)
+        self.norm = self._stack.get_submodule(loader.family.norm)
+        setattr(self._stack, loader.family.norm, nn.Identity())
+        self.head = loader.head() if head and plan.head else None
+        if self.head is not None and loader.checkpoint.tied:
+            self._embedding.resident = self.head
+        self._by_length: dict[int, list[Call]] = {}
+        self.layers = Layers(loader, self.modules, blocks or (lambda index: list(adapter.get(index, ()))), plan)
+
+    def embedded(self, part: Batch) -> torch.Tensor:
+        """h_0 (B, T, d) of a micro-batch."""
+        out: torch.Tensor = self._embedding(part["input_ids"].to(self.loader.device))
+        return out
+
+    def run(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The residual stream (B, T, d) through one materialised layer."""
+        args, kwargs = self._context(hidden.shape[1])[index]
+        out: torch.Tensor = layer(hidden, *args, **kwargs)
+        return out
+
+    def _context(self, length: int) -> list[Call]:
+        """What the family passes to each layer for rows of `length` tokens; made for one row, it serves all
+        (padding is on the right and attention is causal, so every row has the same mask and positions)."""
+        if length not in self._by_length:
+            width, dtype = int(self.model.config.hidden_size), self.loader.dtype
+            self._calls.clear()
+            with torch.no_grad():
+                self._stack(
+                    inputs_embeds=torch.zeros((1, length, width), dtype=dtype, device=self.loader.device), use_cache=False
+                )
+            self._by_length[length] = list(self._calls)
+            self._calls.clear()
+        return self._by_length[length]
+
+    def forget_lengths(self) -> None:
+        """Drop masks and positions; they are made again when they are needed."""
+        self._by_length.clear()
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(summed response-token loss, response tokens) of a final residual stream (B, T, d)."""
+        states, targets = response_positions(hidden, labels.to(self.loader.device))
+        normed = self.norm(states)
+        if self.head is not None:
+            return chunked_loss(normed, self.head, targets, self.softcap), targets.numel()
+        return head_loss(normed, targets, self.loader.head_chunks, self.softcap), targets.numel()
+
+    def close(self) -> None:
+        """Give the weights back."""
+        self.layers.close()
+
+
 class Streamed:
     """A `Trainer` that streams the full model; see the module's words."""
 
@@ -128,60 +190,23 @@ class Streamed:
 
         Raises ProtocolError for units or modules the model does not have, ModelError for a damaged checkpoint.
         """
-        self.loader, self.spec, self.plan, self.progress = loader, spec, plan, progress
-        self.model = loader.model()
-        self.softcap = logit_softcap(self.model.config)
-        modules = loader.layers(self.model)
-        self.count = len(modules)
-        self.assigned = keep(units, self.count, spec.targets)
+        self.loader, self.spec, self.progress = loader, spec, progress
+        self.assigned = keep(units, loader.checkpoint.layers, spec.targets)
         self.low = min(self.assigned)
-        self._modules = [modules[index] for index in range(self.count)]
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        for index in range(self.count):
-            modules[index] = _Recorder(self._calls)
-        stack = backbone(self.model, loader.family)
-        self._stack, self._embed = stack, stack.get_submodule(loader.family.embedding)
-        self._norm = stack.get_submodule(loader.family.norm)
-        setattr(stack, loader.family.norm, nn.Identity())
-        self._head = loader.head() if plan.head else None
-        if self._head is not None and loader.checkpoint.tied:
-            self._embed.resident = self._head
-        self._by_length: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.full = FullModel(
+            loader, adapter, plan, blocks=lambda index: frozen(self.assigned.get(index), spec, list(adapter.get(index, ())))
+        )
         self.trainable: list[nn.Parameter] = []
         self._prefix = Spill(plan.boundary_bytes, scratch, loader.device)
         self._boundaries = Spill(plan.boundary_bytes, scratch, loader.device)
         for number, (index, kept) in enumerate(self.assigned.items()):
-            layer = self._modules[index]
+            layer = self.full.modules[index]
             loader.materialise(layer, index)
             present = list(adapter.get(index, ()))
             self.trainable += inject(layer, spec, starting(layer, index, kept, spec, present), loader.device)
             loader.release(layer)
             if progress is not None:
                 progress("load", number + 1, len(self.assigned))
-        self.layers = Layers(
-            loader, self._modules, lambda index: frozen(self.assigned.get(index), spec, list(adapter.get(index, ()))), plan
-        )
-
-    # -- one layer ---------------------------------------------------------------------------------
-
-    def _context(self, length: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What the family passes to each layer for rows of `length` tokens; made for one row, it serves all
-        (padding is on the right and attention is causal, so every row has the same mask and positions)."""
-        if length not in self._by_length:
-            width, dtype = int(self.model.config.hidden_size), self.loader.dtype
-            self._calls.clear()
-            with torch.no_grad():
-                self._stack(
-                    inputs_embeds=torch.zeros((1, length, width), dtype=dtype, device=self.loader.device), use_cache=False
-                )
-            self._by_length[length] = list(self._calls)
-            self._calls.clear()
-        return self._by_length[length]
-
-    def _run(self, layer: nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        args, kwargs = self._context(hidden.shape[1])[index]
-        out: torch.Tensor = layer(hidden, *args, **kwargs)
-        return out
 
     @contextmanager
     def _same_noise(self, *where: int) -> Iterator[None]:
@@ -204,41 +229,37 @@ class Streamed:
         ]
         with torch.no_grad():
             for index in range(self.low):
-                layer = self.layers.acquire(index, index + 1)
+                layer = self.full.layers.acquire(index, index + 1)
                 for step, j, part in parts:
-                    before = self._embedded(part) if index == 0 else self._prefix.take((step, j))
-                    self._prefix.put((step, j), self._run(layer, index, before))
+                    before = self.full.embedded(part) if index == 0 else self._prefix.take((step, j))
+                    self._prefix.put((step, j), self.full.run(layer, index, before))
                 if self.progress is not None:
                     self.progress("load", len(self.assigned) + index + 1, len(self.assigned) + self.low)
-        self._by_length.clear()
-
-    def _embedded(self, part: Batch) -> torch.Tensor:
-        out: torch.Tensor = self._embed(part["input_ids"].to(self.loader.device))
-        return out
+        self.full.forget_lengths()
 
     def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
         """Add the full model's gradient of the mean over `counted` response tokens; returns the summed loss."""
         parts = list(micro_batches(batch, micro_batch))
         with torch.no_grad():
-            flowing = [self._embedded(part) if self.low == 0 else self._prefix.get((step, j)) for j, part in enumerate(parts)]
-            for index in range(self.low, self.count):
-                layer = self.layers.acquire(index, index + 1 if index + 1 < self.count else None)
+            flowing = [self.full.embedded(part) if self.low == 0 else self._prefix.get((step, j)) for j, part in enumerate(parts)]
+            for index in range(self.low, self.full.count):
+                layer = self.full.layers.acquire(index, index + 1 if index + 1 < self.full.count else None)
                 for j in range(len(parts)):
                     self._boundaries.put((index, j), flowing[j])
                     with self._same_noise(step, j, index):
-                        flowing[j] = self._run(layer, index, flowing[j])
+                        flowing[j] = self.full.run(layer, index, flowing[j])
         total, back = self._losses(flowing, parts, counted)
         del flowing
-        for index in range(self.count - 1, self.low - 1, -1):
+        for index in range(self.full.count - 1, self.low - 1, -1):
             # The lowest layer of the backward pass is the first of the next forward pass: it simply stays.
-            layer = self.layers.acquire(index, index - 1 if index > self.low else None)
+            layer = self.full.layers.acquire(index, index - 1 if index > self.low else None)
             for j, signal in enumerate(back):
                 before = self._boundaries.take((index, j))
                 if signal is None:
                     continue
                 before = before.detach().requires_grad_(index > self.low)
                 with self._same_noise(step, j, index):
-                    after = self._run(layer, index, before)
+                    after = self.full.run(layer, index, before)
                 torch.autograd.backward(after, signal)
                 back[j] = before.grad
                 del after, signal, before
@@ -254,27 +275,24 @@ class Streamed:
         for j, part in enumerate(parts):
             leaf = final[j].detach().requires_grad_(True)
             final[j] = torch.empty(0)
-            states, labels = response_positions(leaf, part["labels"].to(self.loader.device))
-            if not labels.numel():
+            loss, found = self.full.loss(leaf, part["labels"])
+            if not found:
                 back.append(None)
                 continue
-            normed = self._norm(states)
-            if self._head is not None:
-                loss = chunked_loss(normed, self._head, labels, self.softcap)
-            else:
-                loss = head_loss(normed, labels, self.loader.head_chunks, self.softcap)
             (loss / counted).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
             back.append(leaf.grad)
-            del leaf, states, normed, loss
+            del leaf, loss
         return total, back
 
     def blocks(self) -> list[LoraBlock]:
         """The LoRA factors by global layer index and module, sorted."""
-        return [block for index, kept in self.assigned.items() for block in extract(self._modules[index], index, kept.targets)]
+        return [
+            block for index, kept in self.assigned.items() for block in extract(self.full.modules[index], index, kept.targets)
+        ]
 
     def close(self) -> None:
         """Give weights and activations back."""
-        self.layers.close()
+        self.full.close()
         self._prefix.close()
         self._boundaries.close()

@@ -7,6 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,18 @@ import torch
 from common.blocks import block_names, key, read_block, write_blocks
 from common.checkpoint import EMBEDDING_KEY, Checkpoint
 from common.codec import from_json
-from common.errors import BudgetError, ModelError, ProtocolError, WorkerError
+from common.errors import ModelError, ProtocolError, WorkerError
 from common.tensorfile import ITEMSIZE, TensorFile
-from common.types import LoraBlock, ProbeReport, UpdateMetrics
+from common.types import Assignment, Gradient, LoraBlock, ProbeReport, UpdateMetrics
 from fp_client import batches as data
 from fp_client import measure, memory, planner
+from fp_client.fidelity import Fidelity, fidelity, gradients
 from fp_client.loader import UnitLoader
 from fp_client.messages import AdapterFile, CheckArgs, CheckResult, ProbeArgs, TrainArgs, TrainResult, WorkerConfig
 from fp_client.probe import ProbeResult, probe
 from fp_client.shapes import shape_of
-from fp_client.submodel import load_submodel
-from fp_client.train import check_spec, train
+from fp_client.train import Trainer, check_spec, train
+from fp_client.trainers import open_trainer
 from fp_client.warmup import warm_up
 
 OnProgress = Callable[[str, int, int], None]
@@ -191,25 +193,58 @@ class Tasks:
         rows = self._dataset(spec.sequence_length)
         with measure.Peak(self.config.device, self.warmed_bytes) as peak, self._checkpoint() as checkpoint:
             adapter = AdapterFiles(args.adapter)
-            kept = memory.Kept(len(assignment.units), assignment.micro_batch, assignment.checkpointing)
-            held = {unit.layer for unit in assignment.units}
-            predicted = memory.train_peak(shape_of(checkpoint.config), self._setting(checkpoint), spec, adapter.rank(held), kept)
-            if 0 < self.config.budget_bytes < predicted.peak:
-                raise BudgetError(
-                    f"the assignment of {len(held)} units needs {predicted.peak >> 20} MiB, the budget is "
-                    f"{self.config.budget_bytes >> 20} MiB; nothing was loaded",
-                    predicted.peak,
-                )
-            blocks = (block for layer in adapter if layer in held for block in adapter[layer])
-            submodel = load_submodel(self._loader(checkpoint), assignment.units, spec, blocks, assignment.checkpointing, progress)
-            steps = data.train_batches(rows, spec, self.tokenizer)
-            found = train(submodel, steps, spec, assignment.micro_batch, progress)
-            del submodel
+            predicted = self._predicted(checkpoint, assignment, adapter)
+            batches = list(data.train_batches(rows, spec, self.tokenizer))
+            measured = self._fidelity(checkpoint, assignment, adapter, batches[0], predicted) if spec.fidelity else None
+            with self._trainer(checkpoint, assignment, adapter, predicted, progress) as trainer:
+                found = train(trainer, batches, spec, assignment.micro_batch, progress)
             write_blocks(Path(args.out), found.blocks)
         metrics = UpdateMetrics(
-            found.loss_first, found.loss_last, found.tokens_per_second, predicted.peak, peak.bytes, found.seconds
-        )
+            found.loss_first, found.loss_last, found.tokens_per_second, predicted.peak, peak.bytes, found.seconds,
+            predicted.step_seconds, found.step_seconds,
+            measured.overall if measured is not None else None, measured.units if measured is not None else (),
+        )  # fmt: skip
         return TrainResult(metrics)
+
+    def _predicted(self, checkpoint: Checkpoint, assignment: Assignment, adapter: AdapterFiles) -> planner.TaskPlan:
+        """What the assignment will take. Raises BudgetError before anything is loaded."""
+        whole = assignment.spec.gradient is not Gradient.SUBMODEL or assignment.spec.fidelity
+        layers = range(checkpoint.layers) if whole else {unit.layer for unit in assignment.units}
+        return planner.plan_task(
+            shape_of(checkpoint.config), self._setting(checkpoint), assignment.spec, adapter.rank(layers), assignment.units,
+            assignment.micro_batch, assignment.checkpointing, self.config.budget_bytes,
+        )  # fmt: skip
+
+    def _trainer(
+        self,
+        checkpoint: Checkpoint,
+        assignment: Assignment,
+        adapter: AdapterFiles,
+        predicted: planner.TaskPlan,
+        progress: OnProgress,
+    ) -> contextlib.AbstractContextManager[Trainer]:
+        return open_trainer(
+            self._loader(checkpoint), assignment.units, assignment.spec, adapter, predicted.stream,
+            Path(self.config.cache) / "spill", assignment.checkpointing, progress,
+        )  # fmt: skip
+
+    def _fidelity(
+        self,
+        checkpoint: Checkpoint,
+        assignment: Assignment,
+        adapter: AdapterFiles,
+        batch: data.Batch,
+        predicted: planner.TaskPlan,
+    ) -> Fidelity:
+        """The assignment's gradient against the full model's on one batch, one after the other."""
+        spec = replace(assignment.spec, dropout=0.0)
+        found = []
+        for gradient in (Gradient.STREAMED, spec.gradient):
+            this = replace(assignment, spec=replace(spec, gradient=gradient))
+            with self._trainer(checkpoint, this, adapter, predicted, lambda *_: None) as trainer:
+                found.append(gradients(trainer, batch, assignment.micro_batch))
+            self.forget()
+        return fidelity(found[1], found[0], assignment.units, checkpoint.layers, spec)
 
     @contextlib.contextmanager
     def _checkpoint(self) -> Iterator[Checkpoint]:

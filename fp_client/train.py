@@ -39,7 +39,9 @@ class TrainResult:
 class Trainer(Protocol):
     """What makes the gradient: a submodel in memory (`submodel`), or the full model as a stream (`stream`)."""
 
-    trainable: list[nn.Parameter]
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The LoRA factors to train; there once `begin` has returned."""
 
     def begin(self, batches: Sequence[Batch], micro_batch: int) -> None:
         """Prepare what stays the same for all steps of the round."""
@@ -78,12 +80,12 @@ def train(
     """
     check_spec(spec)
     torch.manual_seed(spec.seed)  # only a LoRA dropout draws from it
-    optimizer = torch.optim.AdamW(trainer.trainable, lr=spec.learning_rate, weight_decay=0.0)
     losses: list[float] = []
     seconds: list[float] = []
     tokens, begin = 0, time.monotonic()
     given, counts = _checked(batches, spec)
     trainer.begin(given, micro_batch)
+    optimizer = torch.optim.AdamW(trainer.trainable, lr=spec.learning_rate, weight_decay=0.0)
     for step, (batch, counted) in enumerate(zip(given, counts, strict=True)):
         at = time.monotonic()
         mean = trainer.gradients(step, batch, micro_batch, counted) / counted
