@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from common.types import Capacity, ModelManifest, Part, PlanReport, UnitId
+from common.types import Capacity, Gradient, ModelManifest, Part, PlanReport, UnitId
+
+FIDELITY = (Gradient.STREAMED, Gradient.STITCHED, Gradient.SUBMODEL)
+"""The modes, the one whose gradient is nearest the full model's first."""
+
+
+def choose_capacity(report: PlanReport, gradient: Gradient, step_seconds: float) -> Capacity | None:
+    """The capacity a device trains by: the run's mode, or for AUTO the choice among those it can hold.
+
+    AUTO takes the best fidelity whose predicted step is within `step_seconds` (0: no limit). When none is, the fastest;
+    a mode without a prediction counts as the slowest, and of equals the cheaper one is taken. None: it can't.
+    """
+    held = {c.gradient: c for c in report.capacities if c.units > 0}
+    if gradient is not Gradient.AUTO:
+        return held.get(gradient)
+    modes = [held[mode] for mode in FIDELITY if mode in held]
+    within = [c for c in modes if not step_seconds or 0 < c.step_seconds <= step_seconds]
+    if within or not modes:
+        return within[0] if within else None
+    return min(reversed(modes), key=lambda c: c.step_seconds or math.inf)
+
+
+def refusal(report: PlanReport, gradient: Gradient) -> str:
+    """Why a device has no capacity in the run's mode, for a person."""
+    if report.refusal:
+        return report.refusal
+    if held := [c.gradient.value for c in report.capacities if c.units > 0]:
+        return f'can\'t train with gradient = "{gradient}" (it can with: {", ".join(held)})'
+    return "can't hold the smallest submodel"
 
 
 def byte_limit(report: PlanReport, capacity: Capacity, units: Sequence[UnitId]) -> int:
@@ -33,6 +62,11 @@ def plan_problem(report: PlanReport, manifest: ModelManifest, units: Sequence[Un
         return f"the plan has {len(report.unit_bytes)} units, the model {len(units)} {kind}"
     if any(c.units > len(units) or c.micro_batch < 1 for c in report.capacities):
         return "the plan has a capacity of more units than the model, or a micro-batch of 0"
+    modes = [c.gradient for c in report.capacities]
+    if Gradient.AUTO in modes or len(set(modes)) < len(modes):
+        return "the plan has two capacities of one gradient mode, or one of 'auto'"
+    if any(c.step_seconds < 0 for c in report.capacities):
+        return "the plan has a negative step time"
     if components and any(c.units % 2 for c in report.capacities):
         return "the plan has a capacity of an odd number of components; a whole layer counts as two"
     return "" if report.samples > 0 else "the device has no training examples"

@@ -21,6 +21,8 @@ from common.types import (
     ProbeSpec,
     RunSpec,
     Start,
+    Stitch,
+    StitchSpec,
     TrainSpec,
     UnitId,
     model_units,
@@ -142,18 +144,25 @@ class TrainSection(Section):
     """``[train]``."""
 
     gradient: Gradient = Gradient.SUBMODEL
+    step_seconds: float = Field(0.0, ge=0)
+    """The longest a training step may take; devices plan for it, and "auto" chooses by it. 0: no limit."""
+    fidelity: bool = False
+    """Whether devices measure their gradient's cosine with the full model's before they train."""
     steps: PositiveInt = 10
     batch_size: PositiveInt = 16
     sequence_length: int = Field(512, ge=8)
     learning_rate: PositiveFloat = 1e-4
     final_learning_rate: float = Field(5e-6, ge=0)
 
-    @field_validator("gradient")
-    @classmethod
-    def _available(cls, value: Gradient) -> Gradient:
-        if value is not Gradient.SUBMODEL:
-            raise ValueError("only 'submodel' is available in this version")
-        return value
+
+class StitchSection(Section):
+    """``[stitch]``: what stands in the gaps of a stitched submodel."""
+
+    kind: Stitch = Stitch.AFFINE
+    rank: int = Field(64, ge=1, le=8192)
+    """Of a low-rank surrogate."""
+    tokens: int = Field(1024, ge=16, le=65_536)
+    """Token positions a surrogate is fitted on, at most."""
 
 
 class ProbeSection(Section):
@@ -185,6 +194,8 @@ class LimitSection(Section):
     """A unit with fewer holders in a round keeps what it had (docs/algorithm.md, privacy)."""
     max_update_norm: PositiveFloat | None = None
     """Largest Frobenius norm of (α/r)·B·A a module may have; none by default."""
+    update_bytes: int = Field(0, ge=0, lt=2**63)
+    """The most bytes of tensors an update may have; 0: no limit."""
 
 
 class RunConfig(Section):
@@ -194,6 +205,7 @@ class RunConfig(Section):
     model: ModelSection
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
+    stitch: StitchSection = StitchSection()
     probe: ProbeSection = ProbeSection()
     pruning: PruningSection = PruningSection()
     limits: LimitSection = LimitSection()
@@ -225,6 +237,20 @@ class RunConfig(Section):
                     f'lora.targets: with pruning.units = "component" a device may get {unit.part} parts alone, '
                     f"and none of their modules is named (there are: {known or 'none'})"
                 )
+        if self.units_by_update(manifest) == 0:
+            layer = self.upload_bytes(UnitId(0), manifest)
+            raise ConfigError(f"limits.update_bytes: {self.limits.update_bytes} holds no layer: one takes {layer} bytes")
+
+    def upload_bytes(self, unit: UnitId, manifest: ModelManifest) -> int:
+        """Bytes of the tensors that an update has of one unit."""
+        sizes = {m.name: m.d_in + m.d_out for m in manifest.modules}
+        return 4 * self.lora.rank * sum(sizes[name] for name in unit_modules(unit, self.targets(manifest)))
+
+    def units_by_update(self, manifest: ModelManifest) -> int | None:
+        """How many units `limits.update_bytes` allows, two for each whole layer in component mode; None: no limit."""
+        if not self.limits.update_bytes:
+            return None
+        return self.limits.update_bytes // self.upload_bytes(UnitId(0), manifest) * len(self.units(1))
 
     def learning_rate(self, round_index: int) -> float:
         """Cosine over the rounds, constant within one (paper, Appendix E). `round_index` is 0-based."""
@@ -245,7 +271,8 @@ class RunConfig(Section):
             steps=self.train.steps, batch_size=self.train.batch_size, sequence_length=self.train.sequence_length,
             learning_rate=learning_rate, rank=self.lora.rank, alpha=self.lora.alpha, targets=self.targets(manifest),
             seed=seed, dropout=self.lora.dropout, gradient=self.train.gradient, start=self.lora.start,
-            train=self.lora.train,
+            train=self.lora.train, fidelity=self.train.fidelity,
+            stitch=StitchSpec(self.stitch.kind, self.stitch.rank, self.stitch.tokens),
         )  # fmt: skip
 
     def probe_spec(self, seed: int) -> ProbeSpec:
@@ -261,4 +288,5 @@ class RunConfig(Section):
             run=self.run.name, model=self.model.name, fingerprint=manifest.fingerprint, method=self.run.method,
             part=self.pruning.part, train=self.train_spec(manifest, self.train.learning_rate, 0),
             probe=self.probe_spec(0), broadcast_rank=self.lora.broadcast_rank, rounds=self.run.rounds,
+            step_seconds=self.train.step_seconds, update_bytes=self.limits.update_bytes,
         )  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from common.errors import StorageError
-from common.types import FloatArray, ModelManifest, ObjectRef, PlanReport, TaskKey, UnitId, UpdateMetrics
+from common.types import FloatArray, Gradient, ModelManifest, ObjectRef, PlanReport, TaskKey, UnitId, UpdateMetrics
 
 
 def _pack(array: FloatArray) -> dict[str, Any]:
@@ -87,6 +87,8 @@ class Assigned:
     reductions: int
     micro_batch: int
     checkpointing: bool
+    gradient: Gradient = Gradient.SUBMODEL
+    """The mode this device trains in; never AUTO."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from common.types import Capacity
 from fp_server import events as e
 
 logger = logging.getLogger("fp_server")
@@ -15,7 +16,7 @@ def tell(event: e.Event) -> None:
         case e.RunStarted():
             logger.info("run %s started: %s, %d layers", event.run, event.manifest.name, event.manifest.layers)
         case e.PlanReceived():
-            said = event.report.refusal or ", ".join(f"{c.gradient} {c.units} units" for c in event.report.capacities)
+            said = event.report.refusal or ", ".join(map(_capacity, event.report.capacities))
             logger.info("device %s can hold: %s (%d samples)", event.device, said, event.samples)
         case e.RoundOpened():
             what = "final evaluation" if event.evaluate else f"round {event.key.round + 1}, attempt {event.key.attempt + 1}"
@@ -23,7 +24,7 @@ def tell(event: e.Event) -> None:
         case e.ProbeReceived():
             logger.info("device %s: full-model loss %.4f", event.device, event.loss)
         case e.Assigned():
-            logger.info("device %s gets %s", event.device, " ".join(u.label for u in event.units))
+            logger.info("device %s gets %s, gradient %s", event.device, " ".join(u.label for u in event.units), event.gradient)
         case e.UpdateAccepted():
             logger.info("device %s: update of %.1f MiB accepted", event.device, event.ref.size / 2**20)
         case e.DeviceDropped():
@@ -34,3 +35,8 @@ def tell(event: e.Event) -> None:
             logger.info("round %d committed: %d layers changed", event.key.round + 1, len(event.units))
         case e.RunPaused() | e.RunResumed() | e.RunEnded():
             logger.info("run %s: %s", event.run, type(event).__name__)
+
+
+def _capacity(capacity: Capacity) -> str:
+    predicted = f" at {capacity.step_seconds:.1f} s a step" if capacity.step_seconds else ""
+    return f"{capacity.gradient} {capacity.units} units{predicted}"

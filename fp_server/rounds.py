@@ -16,6 +16,7 @@ from common.errors import AlreadyDone, NotFound, TooLate
 from common.types import (
     Assignment,
     Capacity,
+    Gradient,
     ModelManifest,
     ObjectRef,
     ProbeTask,
@@ -23,6 +24,7 @@ from common.types import (
     UnitObject,
 )
 from fp_server import events as e
+from fp_server.capacity import choose_capacity, refusal
 from fp_server.commands import (
     Aggregate,
     Choose,
@@ -83,10 +85,9 @@ class RunMachine:
         return Phase.PAUSED if self.paused is not None else Phase.GATHERING
 
     def capacity(self, device: str) -> Capacity | None:
-        """What a device can hold in the run's gradient mode; None when it has not said or can't."""
-        plan = self.plans.get(device)
-        capacity = plan.report.capacity(self.config.train.gradient) if plan is not None else None
-        return capacity if capacity is not None and capacity.units > 0 else None
+        """What a device can hold in the run's gradient mode, or in the one "auto" chooses; None: it has not said or can't."""
+        plan, train = self.plans.get(device), self.config.train
+        return None if plan is None else choose_capacity(plan.report, train.gradient, train.step_seconds)
 
     def awaits_plan(self, device: str) -> bool:
         """Whether the device was asked what it can hold; a plan nobody asked for changes nothing."""
@@ -330,7 +331,7 @@ class RunMachine:
             if plan is None or device in self.stale:
                 reasons[device] = "has not answered the plan request"
             elif self.capacity(device) is None:
-                reasons[device] = plan.report.refusal or "can't hold the smallest submodel"
+                reasons[device] = refusal(plan.report, self.config.train.gradient)
             else:
                 reasons[device] = "not connected"
         return reasons
@@ -382,9 +383,13 @@ class RunMachine:
     def _assignment(self, device: str, chosen: e.Assigned) -> Assignment:
         key = chosen.key
         seed = int(rng_for(self.config.run.seed, key.round, device, "train").integers(2**62))
-        spec = self.config.train_spec(self.manifest, self.config.learning_rate(key.round), seed)
-        kept = {unit.layer for unit in chosen.units}
-        adapter = tuple(o for o in self.objects() if o.layer in kept)
+        spec = replace(
+            self.config.train_spec(self.manifest, self.config.learning_rate(key.round), seed), gradient=chosen.gradient
+        )
+        adapter = self.objects()
+        if chosen.gradient is Gradient.SUBMODEL and not spec.fidelity:  # whatever else runs the full model needs all of ΔW
+            kept = {unit.layer for unit in chosen.units}
+            adapter = tuple(o for o in adapter if o.layer in kept)
         return Assignment(
             key, chosen.units, chosen.groups, chosen.probabilities, spec, adapter, chosen.micro_batch,
             chosen.checkpointing, chosen.redraws, chosen.reductions,

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.types import UnitId
 from fp_server import events as e
+from fp_server.capacity import refusal
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Member, Round
 
@@ -101,9 +102,18 @@ def _device(machine: RunMachine, device: str) -> dict[str, Any]:
         "samples": plan.samples if plan else None,
         "budget_bytes": plan.report.budget_bytes if plan else None,
         "units": capacity.units if capacity else 0,
-        "refusal": plan.report.refusal if plan else "has not answered yet",
+        "gradient": capacity.gradient.value if capacity else None,
+        "step_seconds": capacity.step_seconds or None if capacity else None,
+        "refusal": _refusal(machine, device),
         "smallest_budget": plan.report.smallest_budget if plan else None,
     }
+
+
+def _refusal(machine: RunMachine, device: str) -> str:
+    """Why a device takes no part; empty when it can."""
+    if (plan := machine.plans.get(device)) is None:
+        return "has not answered yet"
+    return "" if machine.capacity(device) else refusal(plan.report, machine.config.train.gradient)
 
 
 def _round(a_round: Round, commit: e.RoundCommitted | None) -> dict[str, Any]:
@@ -150,6 +160,7 @@ def _member(member: Member) -> dict[str, Any]:
         out["units"] = [u.label for u in member.assigned.units]
         out["groups"] = [[u.label for u in group] for group in member.assigned.groups]
         out["probabilities"] = [[round(p, 6) for p in group] for group in member.assigned.probabilities]
+        out["gradient"] = member.assigned.gradient.value
         out["redraws"], out["reductions"] = member.assigned.redraws, member.assigned.reductions
     if member.accepted is not None:
         x = member.accepted.metrics

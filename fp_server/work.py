@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +46,19 @@ def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
     """The method's choice of units for one device (paper §3.1, §3.2). Raises BudgetError when nothing fits, TooLate."""
     current = _current(machine, task)
     probe, report = current.members[device].probe, machine.plans[device].report
-    capacity = report.capacity(machine.config.train.gradient)
-    if probe is None or capacity is None or capacity.units < 1:
+    capacity = machine.capacity(device)
+    if probe is None or capacity is None:
         raise BudgetError(f"device {device!r} said meanwhile that it can't hold a submodel: {report.refusal}")
-    units = machine.units
+    units, config = machine.units, machine.config
+    if (most := config.units_by_update(machine.manifest)) is not None:
+        capacity = replace(capacity, units=min(capacity.units, most))
     inputs = PlanInputs(
         probe.similarity, probe.in_out, capacity.units, report.unit_bytes, byte_limit(report, capacity, units),
-        machine.config.pruning.eigenvectors,
+        config.pruning.eigenvectors, tuple(config.upload_bytes(unit, machine.manifest) for unit in units),
+        config.limits.update_bytes or None,
     )  # fmt: skip
-    rng = rng_for(machine.config.run.seed, task.round, device, f"plan/{task.attempt}")
-    draw = METHODS[machine.config.run.method].plan(inputs, rng)
+    rng = rng_for(config.run.seed, task.round, device, f"plan/{task.attempt}")
+    draw = METHODS[config.run.method].plan(inputs, rng)
     return e.Assigned(
         machine.name,
         task,
@@ -66,6 +70,7 @@ def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
         draw.reductions,
         capacity.micro_batch,
         capacity.checkpointing,
+        capacity.gradient,
     )
 
 

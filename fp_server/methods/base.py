@@ -6,7 +6,7 @@ devices never hear of it (they get an `Assignment`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,17 @@ class PlanInputs:
     limit_bytes: int | None = None
     """Bytes the drawn units may cost together; None: `capacity` of any units fit."""
     eigenvectors: Eigenvectors = "k"
+    upload_bytes: tuple[int, ...] = ()
+    """(U,): bytes an update has of each unit; only needed with `upload_limit`."""
+    upload_limit: int | None = None
+    """Bytes the update of the drawn units may have; None: no limit."""
+
+    def fits(self, units: Sequence[int]) -> bool:
+        """Whether these units together are within both limits."""
+        for sizes, limit in ((self.unit_bytes, self.limit_bytes), (self.upload_bytes, self.upload_limit)):
+            if limit is not None and sum(sizes[unit] for unit in units) > limit:
+                return False
+        return True
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ class FedPruner:
                 f"similarity {inputs.similarity.shape}, input-output similarity {inputs.in_out.shape} "
                 f"and {units} unit sizes do not describe the same units"
             )
-        limit = inputs.limit_bytes
-        if limit is not None and min(inputs.unit_bytes) > limit:
+        fitting = [unit for unit in range(units) if inputs.fits((unit,))]
+        if not fitting:
             smallest = min(inputs.unit_bytes)
-            raise BudgetError(f"no unit fits in {limit} bytes: the smallest takes {smallest}", smallest)
+            raise BudgetError(f"no unit fits in {inputs.limit_bytes} bytes: the smallest takes {smallest}", smallest)
         most = group_count(units, inputs.capacity)
         redraws = 0
         for k in range(most, 0, -1):
@@ -52,10 +52,9 @@ class FedPruner:
             for attempt in range(REDRAWS + 1):
                 redraws += attempt > 0
                 drawn = draw(groups, chances, rng)
-                if limit is None or sum(inputs.unit_bytes[unit] for unit in drawn) <= limit:
+                if inputs.fits(drawn):
                     return Draw(groups, chances, drawn, redraws, most - k)
         # One group of everything and 33 draws missed every unit that fits: take the likeliest that does.
-        fitting = [unit for unit in range(units) if limit is None or inputs.unit_bytes[unit] <= limit]
         likeliest = max(fitting, key=lambda unit: (chances[0][groups[0].index(unit)], -unit))
         return Draw(groups, chances, (likeliest,), redraws, most - 1)
 

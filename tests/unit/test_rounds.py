@@ -34,8 +34,8 @@ def digest(*parts) -> ObjectRef:
 class Shell:
     """What the coordinator does, without IO: records events and hands them in, answers what it is told to."""
 
-    def __init__(self, **run) -> None:
-        self.machine = RunMachine(parse_run(toml(**run), "test"), MANIFEST)
+    def __init__(self, extra: str = "", **run) -> None:
+        self.machine = RunMachine(parse_run(toml(**run) + extra, "test"), MANIFEST)
         self.log: list[tuple[float, e.Event]] = []
         self.out: list[c.Command] = []
         self.now = 0.0

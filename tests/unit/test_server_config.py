@@ -11,7 +11,7 @@ from common import config as configuration
 from common.checkpoint import dump_manifest, load_manifest
 from common.config import parse
 from common.errors import ConfigError, ModelError
-from common.types import ModelManifest, ModuleShape
+from common.types import Gradient, ModelManifest, ModuleShape, Part, Stitch, StitchSpec
 from fp_server.config import RunConfig, ServerConfig
 
 GOOD = '[run]\nname = "r"\nrounds = 3\n[model]\nname = "m"\nmanifest = "m.json"\n'
@@ -37,7 +37,16 @@ BAD = [
     ("[train]\nlearning_rate = inf\n", "train.learning_rate"),
     ("[lora]\ntrain = 'A'\n", 'lora: train = "A" with start = "fresh" changes nothing: B stays 0'),
     ("[lora]\nstart = 'cold'\n", "lora.start: Input should be 'fresh' or 'global' (got 'cold')"),
-    ("[train]\ngradient = 'stitched'\n", "train.gradient: only 'submodel' is available in this version (got 'stitched')"),
+    (
+        "[train]\ngradient = 'exact'\n",
+        "train.gradient: Input should be 'submodel', 'stitched', 'streamed' or 'auto' (got 'exact')",
+    ),
+    ("[train]\nstep_seconds = -1.0\n", "train.step_seconds"),
+    ("[train]\nfidelity = 1\n", "train.fidelity: Input should be a valid boolean"),
+    ("[stitch]\nkind = 'spline'\n", "stitch.kind: Input should be 'shift', 'low-rank' or 'affine' (got 'spline')"),
+    ("[stitch]\nrank = 0\n", "stitch.rank"),
+    ("[stitch]\ntokens = 1\n", "stitch.tokens"),
+    ("[limits]\nupdate_bytes = -1\n", "limits.update_bytes"),
     ("[pruning]\nunits = 'ffn'\n", "pruning.units: Input should be 'layer' or 'component' (got 'ffn')"),
     ("[pruning]\neigenvectors = 'k+1'\n", "pruning.eigenvectors: Input should be 'k' or 'k-1'"),
     ("[limits]\nmin_holders = 0\n", "limits.min_holders"),
@@ -95,6 +104,32 @@ def test_the_learning_rate_is_a_cosine_over_the_rounds():
     assert [run.learning_rate(i) for i in range(3)] == pytest.approx([1.0, 0.5, 0.0])
     assert config("[train]\nlearning_rate = 1.0\n", GOOD.replace("3", "1")).learning_rate(0) == 1.0
     assert math.isfinite(run.learning_rate(2))
+
+
+def test_what_the_run_file_says_of_the_gradient_reaches_the_devices():
+    run = config(
+        "[train]\ngradient = 'auto'\nstep_seconds = 2.5\nfidelity = true\n[stitch]\nkind = 'low-rank'\nrank = 8\ntokens = 256\n"
+        "[limits]\nupdate_bytes = 1000000\n[pruning]\nunits = 'component'\n"
+    ).run_spec(MANIFEST)
+    assert (run.train.gradient, run.step_seconds, run.update_bytes, run.train.fidelity) == (Gradient.AUTO, 2.5, 10**6, True)
+    assert run.train.stitch == StitchSpec(Stitch.LOW_RANK, 8, 256) and run.part is run.probe.part is not Part.LAYER
+    plain = config().run_spec(MANIFEST)
+    assert (plain.train.gradient, plain.step_seconds, plain.update_bytes) == (Gradient.SUBMODEL, 0.0, 0)
+    assert (plain.train.fidelity, plain.train.stitch, plain.part) == (False, StitchSpec(), Part.LAYER)
+
+
+def test_an_update_limit_counts_whole_layers_and_must_hold_one():
+    """A layer: three modules of 4×4 at rank 16 in fp32."""
+    layer = 3 * (4 + 4) * 16 * 4
+
+    def units(limit, kind="layer"):
+        run = config(f"[limits]\nupdate_bytes = {limit}\n[pruning]\nunits = '{kind}'\n")
+        run.check(MANIFEST)
+        return run.units_by_update(MANIFEST)
+
+    assert units(0) is None and units(layer) == 1 and units(3 * layer - 1) == 2 and units(2 * layer, "component") == 4
+    with pytest.raises(ConfigError, match=f"limits.update_bytes: {layer - 1} holds no layer: one takes {layer} bytes"):
+        units(layer - 1)
 
 
 def test_how_many_devices_are_drawn():

@@ -50,6 +50,7 @@ def test_a_round_under_way():
     assert b["units"] == ["1", "4"] and b["groups"] == [["1", "2"], ["3", "4"]] and b["probabilities"] == [[0.5, 0.5]] * 2
     assert made["devices"]["a"] == {
         "connected": True, "samples": 10, "budget_bytes": 0, "units": 2, "refusal": "", "smallest_budget": 7,
+        "gradient": "submodel", "step_seconds": None,
     }  # fmt: skip
     text = shown(status_view(made))
     assert "probing (probe 3/30)" in text and "r  round  fedpruner on toy, 0 of 2 rounds" in text
