@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +14,27 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import StorageError
-from common.types import Kernel, Part, Positions, ProbeReport, ProbeSpec, ProbeTask, RunSpec, TaskKey, TrainSpec, UnitId
+from common.checkpoint import Checkpoint
+from common.errors import ConfigError, ProtocolError, StorageError
+from common.types import (
+    Gradient,
+    Kernel,
+    Part,
+    Positions,
+    ProbeReport,
+    ProbeSpec,
+    ProbeTask,
+    RunSpec,
+    TaskKey,
+    TrainSpec,
+    UnitId,
+    model_units,
+)  # fmt: skip
 from fp_client.commands import HERE, Directory, Json, bar, only_model, out
-from fp_client.config import ClientConfig, human, load_config
+from fp_client.config import ClientConfig, cache_dir, human, load_config, need_model
+from fp_client.messages import FidelityArgs, FidelityResult
+from fp_client.shapes import shape_of
+from fp_client.units import keep
 
 _COLOURS = ("#0d0887", "#5b02a3", "#9a179b", "#cb4678", "#eb7852", "#fbb32f", "#f0f921")
 """From unlike to alike (plasma); readable with colour blindness."""
@@ -29,38 +47,102 @@ def local_spec(model: str, probe: ProbeSpec) -> RunSpec:
     return RunSpec("local", model, "", "", Part.LAYER, train, probe, 0, 1)
 
 
-async def run_probe(config: ClientConfig, directory: Path, model: str, spec: ProbeSpec, quiet: bool) -> ProbeReport:
-    """Fingerprint (remembered), then the probe in a worker."""
+@dataclass(frozen=True)
+class Asked:
+    """What is measured: the probe, and where `fidelity` is given the gradients of its units."""
+
+    probe: ProbeSpec
+    fidelity: FidelityArgs | None = None
+
+
+async def run_probe(
+    config: ClientConfig, directory: Path, model: str, asked: Asked, quiet: bool
+) -> tuple[ProbeReport, FidelityResult | None]:
+    """Fingerprint (remembered), then the probe in a worker, then the gradients' fidelity if asked for."""
     from fp_client.work import LocalWork
 
-    work, run = LocalWork(config, directory), local_spec(model, spec)
+    work, run = LocalWork(config, directory), local_spec(model, asked.probe)
     try:
         with bar("reading the weights once", quiet) as progress:
             run = replace(run, fingerprint=await work.fingerprint(run, lambda _, done, total: progress(done, total)))
         with bar("probing, one unit in memory at a time", quiet) as progress:
-            task = ProbeTask(TaskKey("local", 0, 0), spec, ())
-            return await work.probe(run, task, (), lambda _, done, total: progress(done, total))
+            task = ProbeTask(TaskKey("local", 0, 0), asked.probe, ())
+            report = await work.probe(run, task, (), lambda _, done, total: progress(done, total))
+        if asked.fidelity is None:
+            return report, None
+        with bar("comparing gradients with the full model's", quiet) as progress:
+            return report, await work.fidelity(run, asked.fidelity, lambda _, done, total: progress(done, total))
     finally:
         await work.close()
 
 
-def as_dict(report: ProbeReport) -> dict[str, Any]:
-    """The report as plain values; units are 1-based labels."""
-    units = [UnitId(i).label for i in range(len(report.in_out))]
+def fidelity_args(config: ClientConfig, directory: Path, model: str, units: str, probe: ProbeSpec, rank: int) -> FidelityArgs:
+    """The units to compare: "2,5,9M", or how many layers, spread evenly. Raises ConfigError."""
+    from fp_client.models import resolve
+
+    section = need_model(config, model, directory)
+    checkpoint = Checkpoint(resolve(section.source, cache_dir(config, directory) / "hub"))
+    try:
+        layers, modules = checkpoint.layers, tuple(sorted(m.name for m in shape_of(checkpoint.config).modules))
+    finally:
+        checkpoint.close()
+    try:
+        names = [part.strip() for part in units.split(",")]
+        if len(names) == 1 and names[0].isdigit():
+            count = min(int(names[0]), layers)
+            chosen = tuple(UnitId(index * layers // count) for index in range(count))
+        else:
+            chosen = tuple(sorted(UnitId.parse(name) for name in names))
+        keep(chosen, layers, modules)
+    except (ValueError, ZeroDivisionError, ProtocolError) as error:
+        raise ConfigError(
+            f"--fidelity {units!r}: give a number of layers (8), or units such as 2,5,9 or 3M,7N of a model with {layers} layers "
+            f"({error})"
+        ) from None
+    spec = TrainSpec(1, probe.batch_size, probe.sequence_length, 1e-4, rank, 2.0 * rank, modules, probe.seed)
+    return FidelityArgs(spec, chosen, (Gradient.SUBMODEL, Gradient.STITCHED))
+
+
+def fidelity_dict(found: FidelityResult, units: tuple[UnitId, ...]) -> dict[str, Any]:
+    """The comparison as plain values."""
     return {
-        "units": units, "similarity": np.round(report.similarity.astype(float), 6).tolist(),
+        "units": [unit.label for unit in units], "full_model_loss": found.loss,
+        "modes": {m.mode.value: {"overall": m.overall, "units": list(m.units), "loss": m.loss} for m in found.modes},
+    }  # fmt: skip
+
+
+def fidelity_table(found: FidelityResult, units: tuple[UnitId, ...]) -> Table:
+    """A row a unit, a column a mode."""
+    table = Table(title="cosine of the LoRA gradient with the full model's (1: the same direction)")
+    table.add_column("unit", justify="right")
+    for mode in found.modes:
+        table.add_column(mode.mode.value, justify="right")
+    for index, unit in enumerate(units):
+        table.add_row(unit.label, *(f"{mode.units[index]:+.3f}" for mode in found.modes))
+    table.add_section()
+    table.add_row("all", *(f"{mode.overall:+.3f}" for mode in found.modes), style="bold")
+    table.add_row(f"loss (full {found.loss:.3f})", *(f"{mode.loss:.3f}" for mode in found.modes))
+    return table
+
+
+def as_dict(report: ProbeReport, part: Part = Part.LAYER) -> dict[str, Any]:
+    """The report as plain values; units are 1-based labels."""
+    count = len(report.in_out) if part is Part.LAYER else len(report.in_out) // 2
+    return {
+        "units": [unit.label for unit in model_units(part, count)],
+        "similarity": np.round(report.similarity.astype(float), 6).tolist(),
         "in_out": np.round(report.in_out.astype(float), 6).tolist(), "loss": report.loss, "tokens": report.tokens,
         "peak_bytes": report.peak_bytes, "seconds": report.seconds,
     }  # fmt: skip
 
 
-def heat_map(similarity: np.ndarray[Any, np.dtype[np.float32]], width: int, colour: bool) -> Text:
+def heat_map(similarity: np.ndarray[Any, np.dtype[np.float32]], labels: Sequence[str], width: int, colour: bool) -> Text:
     """The U x U matrix as cells from least to most alike: coloured, or shaded where there is no colour."""
     low, high = float(similarity.min()), float(similarity.max())
     cell = 2 if 2 * len(similarity) + 5 <= width else 1
     text = Text()
     for i, row in enumerate(similarity):
-        text.append(f"{UnitId(i).label:>4} ")
+        text.append(f"{labels[i]:>4} ")
         for value in row:
             level = int((float(value) - low) / max(high - low, 1e-9) * (len(_COLOURS) - 1) + 0.5)
             _cell(text, level, cell, colour)
@@ -89,31 +171,48 @@ def probe(
     batch: Annotated[int, typer.Option(min=1, help="Rows of the probe batch.")] = 4,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the batch and of the positions.")] = 0,
+    units: Annotated[Part, typer.Option(help="Probe whole layers, or components (attention).")] = Part.LAYER,
+    fidelity: Annotated[
+        str,
+        typer.Option(
+            metavar="UNITS",
+            help="Also compare the gradients of these units with the full model's: a number of layers (8), or 2,5,9 or 3M,7N.",
+        ),
+    ] = "",
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank of that comparison.")] = 16,
     output: Annotated[Path | None, typer.Option("--out", help="Write the report there too (JSON).")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure on this device's data how alike the model's layers are, and the full model's held-out loss."""
     config = load_config(directory)
-    spec = ProbeSpec(Part.LAYER, positions, kernel, sample, batch, sequence, seed)
-    report = asyncio.run(run_probe(config, directory, only_model(config, model, directory), spec, as_json))
+    spec = ProbeSpec(units, positions, kernel, sample, batch, sequence, seed)
+    name = only_model(config, model, directory)
+    compared = fidelity_args(config, directory, name, fidelity, spec, rank) if fidelity else None
+    report, found = asyncio.run(run_probe(config, directory, name, Asked(spec, compared), as_json))
+    said = as_dict(report, units)
+    if found is not None and compared is not None:
+        said["fidelity"] = fidelity_dict(found, compared.units)
     if output is not None:
         try:
-            output.write_text(json.dumps(as_dict(report)) + "\n")
+            output.write_text(json.dumps(said) + "\n")
         except OSError as error:
             raise StorageError(f"{output}: can't be written: {error.strerror}") from None
     if as_json:
-        typer.echo(json.dumps(as_dict(report)))
+        typer.echo(json.dumps(said))
         return
-    out.print("CKA between the outputs of layers (row and column), from unlike to alike:")
-    out.print(heat_map(report.similarity, out.width, out.is_terminal and not out.no_color))
-    table = Table(title="input against output of each layer (s of Eq. 3; high: the layer changes little)")
-    table.add_column("layer", justify="right")
+    labels, what = said["units"], "layer" if units is Part.LAYER else "component"
+    out.print(f"CKA between the outputs of {what}s (row and column), from unlike to alike:")
+    out.print(heat_map(report.similarity, labels, out.width, out.is_terminal and not out.no_color))
+    table = Table(title=f"input against output of each {what} (s of Eq. 3; high: the {what} changes little)")
+    table.add_column(what, justify="right")
     table.add_column("similarity", justify="right")
     table.add_column("how much it changes (1 - s)")
     most = max(1e-9, 1 - float(report.in_out.min()))
     for i, value in enumerate(report.in_out):
-        table.add_row(UnitId(i).label, f"{value:.4f}", "█" * round(30 * (1 - float(value)) / most))
+        table.add_row(labels[i], f"{value:.4f}", "█" * round(30 * (1 - float(value)) / most))
     out.print(table)
+    if found is not None and compared is not None:
+        out.print(fidelity_table(found, compared.units))
     out.print(
         f"held-out loss of the full model: {report.loss:.4f} over {report.tokens} response tokens; "
         f"peak {human(report.peak_bytes)} above the warmed worker, {report.seconds:.1f} s"

@@ -23,15 +23,16 @@ class Fidelity:
     units: tuple[float, ...]
 
 
-def gradients(trainer: Trainer, batch: Batch, micro_batch: int) -> list[torch.Tensor]:
-    """The LoRA gradient of the mean response-token loss on one batch: a tensor a factor, by layer, module, A before B."""
+def gradients(trainer: Trainer, batch: Batch, micro_batch: int) -> tuple[list[torch.Tensor], float]:
+    """The LoRA gradient of the mean response-token loss on one batch, a tensor a factor, by layer, module, A before B;
+    and that loss."""
     counted = int((batch["labels"][:, 1:] != IGNORE).sum())
     trainer.begin([batch], micro_batch)
-    trainer.gradients(0, batch, micro_batch, counted)
+    loss = trainer.gradients(0, batch, micro_batch, counted) / counted
     out = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in trainer.trainable]
     for parameter in trainer.trainable:
         parameter.grad = None
-    return out
+    return out, loss
 
 
 def fidelity(

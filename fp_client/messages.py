@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.types import Assignment, ProbeTask, Quantization, UpdateMetrics
+from common.types import Assignment, Gradient, ProbeTask, Quantization, TrainSpec, UnitId, UpdateMetrics
 from fp_client.data import DataSource
 
 
@@ -74,6 +74,34 @@ class ProbeArgs:
 
     task: ProbeTask
     adapter: tuple[AdapterFile, ...]
+
+
+@dataclass(frozen=True)
+class FidelityArgs:
+    """Task ``fidelity``: the gradients of these units on one training batch, in each of the modes."""
+
+    spec: TrainSpec
+    units: tuple[UnitId, ...]
+    modes: tuple[Gradient, ...]
+
+
+@dataclass(frozen=True)
+class ModeFidelity:
+    """One mode's cosine with the full model's gradient: over all, and of each unit in order; `loss` is the mean
+    response-token loss that the mode sees."""
+
+    mode: Gradient
+    overall: float
+    units: tuple[float, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class FidelityResult:
+    """What task ``fidelity`` found; `loss` is the full model's."""
+
+    modes: tuple[ModeFidelity, ...]
+    loss: float
 
 
 @dataclass(frozen=True)

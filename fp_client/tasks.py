@@ -19,12 +19,23 @@ from common.checkpoint import EMBEDDING_KEY, Checkpoint
 from common.codec import from_json
 from common.errors import ModelError, ProtocolError, WorkerError
 from common.tensorfile import ITEMSIZE, TensorFile
-from common.types import Assignment, Gradient, LoraBlock, ProbeReport, UpdateMetrics
+from common.types import Assignment, Gradient, LoraBlock, ProbeReport, TaskKey, UpdateMetrics
 from fp_client import batches as data
 from fp_client import measure, memory, planner
 from fp_client.fidelity import Fidelity, fidelity, gradients
 from fp_client.loader import UnitLoader
-from fp_client.messages import AdapterFile, CheckArgs, CheckResult, ProbeArgs, TrainArgs, TrainResult, WorkerConfig
+from fp_client.messages import (
+    AdapterFile,
+    CheckArgs,
+    CheckResult,
+    FidelityArgs,
+    FidelityResult,
+    ModeFidelity,
+    ProbeArgs,
+    TrainArgs,
+    TrainResult,
+    WorkerConfig,
+)
 from fp_client.probe import ProbeResult, probe
 from fp_client.shapes import shape_of
 from fp_client.train import Trainer, check_spec, train
@@ -140,6 +151,7 @@ class Tasks:
             "check": (CheckArgs, self.check),
             "probe": (ProbeArgs, self.probe),
             "train": (TrainArgs, self.train),
+            "fidelity": (FidelityArgs, self.fidelity),
         }
         if task not in kinds:
             raise ProtocolError(f"unknown task {task!r} (known: {', '.join(kinds)})")
@@ -195,7 +207,7 @@ class Tasks:
             adapter = AdapterFiles(args.adapter)
             predicted = self._predicted(checkpoint, assignment, adapter)
             batches = list(data.train_batches(rows, spec, self.tokenizer))
-            measured = self._fidelity(checkpoint, assignment, adapter, batches[0], predicted) if spec.fidelity else None
+            measured = self._fidelity(checkpoint, assignment, adapter, batches[0]) if spec.fidelity else None
             with self._trainer(checkpoint, assignment, adapter, predicted, progress) as trainer:
                 found = train(trainer, batches, spec, assignment.micro_batch, progress)
             write_blocks(Path(args.out), found.blocks)
@@ -228,23 +240,39 @@ class Tasks:
             Path(self.config.cache) / "spill", assignment.checkpointing, progress,
         )  # fmt: skip
 
-    def _fidelity(
-        self,
-        checkpoint: Checkpoint,
-        assignment: Assignment,
-        adapter: AdapterFiles,
-        batch: data.Batch,
-        predicted: planner.TaskPlan,
-    ) -> Fidelity:
+    def _gradient(
+        self, checkpoint: Checkpoint, assignment: Assignment, mode: Gradient, adapter: AdapterFiles, batch: data.Batch
+    ) -> tuple[list[torch.Tensor], float]:
+        """(LoRA gradient, mean loss) of the assigned units on one batch in a mode; nothing of it stays loaded."""
+        this = replace(assignment, spec=replace(assignment.spec, gradient=mode, dropout=0.0))
+        predicted = self._predicted(checkpoint, this, adapter)
+        with self._trainer(checkpoint, this, adapter, predicted, lambda *_: None) as trainer:
+            found = gradients(trainer, batch, this.micro_batch)
+        self.forget()
+        return found
+
+    def _fidelity(self, checkpoint: Checkpoint, assignment: Assignment, adapter: AdapterFiles, batch: data.Batch) -> Fidelity:
         """The assignment's gradient against the full model's on one batch, one after the other."""
-        spec = replace(assignment.spec, dropout=0.0)
-        found = []
-        for gradient in (Gradient.STREAMED, spec.gradient):
-            this = replace(assignment, spec=replace(spec, gradient=gradient))
-            with self._trainer(checkpoint, this, adapter, predicted, lambda *_: None) as trainer:
-                found.append(gradients(trainer, batch, assignment.micro_batch))
-            self.forget()
-        return fidelity(found[1], found[0], assignment.units, checkpoint.layers, spec)
+        full, _ = self._gradient(checkpoint, assignment, Gradient.STREAMED, adapter, batch)
+        mine, _ = self._gradient(checkpoint, assignment, assignment.spec.gradient, adapter, batch)
+        return fidelity(mine, full, assignment.units, checkpoint.layers, assignment.spec)
+
+    def fidelity(self, args: FidelityArgs, progress: OnProgress) -> FidelityResult:
+        """Each mode's gradient against the full model's, on the first training batch, without an adapter."""
+        spec = args.spec
+        batch = next(iter(data.train_batches(self._dataset(spec.sequence_length), spec, self.tokenizer)))
+        assignment = Assignment(TaskKey("local", 0, 0), args.units, (), (), spec, (), spec.batch_size, True)
+        adapter = AdapterFiles(())
+        with self._checkpoint() as checkpoint:
+            full, loss = self._gradient(checkpoint, assignment, Gradient.STREAMED, adapter, batch)
+            progress("probe", 1, len(args.modes) + 1)
+            rows = []
+            for done, mode in enumerate(args.modes):
+                mine, seen = self._gradient(checkpoint, assignment, mode, adapter, batch)
+                found = fidelity(mine, full, args.units, checkpoint.layers, spec)
+                rows.append(ModeFidelity(mode, found.overall, found.units, seen))
+                progress("probe", done + 2, len(args.modes) + 1)
+        return FidelityResult(tuple(rows), loss)
 
     @contextlib.contextmanager
     def _checkpoint(self) -> Iterator[Checkpoint]:

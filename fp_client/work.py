@@ -14,7 +14,17 @@ from fp_client import models
 from fp_client.config import ClientConfig, ModelSection, cache_dir, need_data, need_model
 from fp_client.data import DataSource, count_examples
 from fp_client.memory import Setting
-from fp_client.messages import AdapterFile, CheckArgs, CheckResult, ProbeArgs, TrainArgs, TrainResult, WorkerConfig
+from fp_client.messages import (
+    AdapterFile,
+    CheckArgs,
+    CheckResult,
+    FidelityArgs,
+    FidelityResult,
+    ProbeArgs,
+    TrainArgs,
+    TrainResult,
+    WorkerConfig,
+)
 from fp_client.planner import Plan, plan
 from fp_client.pool import OnProgress, Worker
 
@@ -119,6 +129,11 @@ class LocalWork:
         """Train in the worker; the update is written to `out`."""
         worker, planned = await self.worker(spec), await self._remembered(spec)
         return await worker.run("train", TrainArgs(task, adapter, str(out)), TrainResult, progress, planned.train.peak)
+
+    async def fidelity(self, spec: RunSpec, args: FidelityArgs, progress: OnProgress) -> FidelityResult:
+        """Measure each mode's gradient in the worker."""
+        worker = await self.worker(spec)
+        return await worker.run("fidelity", args, FidelityResult, progress)
 
     async def _remembered(self, spec: RunSpec) -> Plan:
         """The run's plan; made again after a restart."""
