@@ -168,6 +168,10 @@ def _member(member: Member) -> dict[str, Any]:
         out["loss_first"], out["loss_last"] = x.loss_first, x.loss_last
         out["tokens_per_second"], out["train_seconds"] = x.tokens_per_second, x.seconds
         out["predicted_peak_bytes"], out["measured_peak_bytes"] = x.predicted_peak_bytes, x.measured_peak_bytes
+        out["predicted_step_seconds"], out["step_seconds"] = x.predicted_step_seconds or None, x.step_seconds or None
+        out["fidelity"] = x.fidelity
+        if member.assigned is not None and len(x.unit_fidelity) == len(member.assigned.units):
+            out["unit_fidelity"] = {u.label: v for u, v in zip(member.assigned.units, x.unit_fidelity, strict=True)}
     if member.dropped is not None:
         out["error"], out["message"] = member.dropped.error, member.dropped.message
     return out

@@ -86,6 +86,8 @@ def _devices(status: dict[str, Any]) -> Table:
                 doing += f": {member['message']}"
         mark = Text("●", style="green" if device["connected"] else "red")
         units = str(device["units"]) if device["units"] else "–"
+        if status["gradient"] == "auto" and device["gradient"]:
+            units += f" {device['gradient']}"
         samples = "–" if device["samples"] is None else str(device["samples"])
         table.add_row(plain(name), mark, size(device["budget_bytes"]), units, samples, plain(doing))
     return table
@@ -110,6 +112,7 @@ def _rounds(rounds: list[dict[str, Any]], losses: dict[int, float]) -> Group:
         parts.append(_round_line(entry, losses.get(entry["round"] - 1)))
         if not entry["evaluation"]:
             parts.append(_round_table(entry))
+            parts += _gradient_table(entry)
     return Group(*parts)
 
 
@@ -128,14 +131,33 @@ def _round_line(entry: dict[str, Any], loss: float | None) -> Text:
 
 
 def _round_table(entry: dict[str, Any]) -> Table:
-    table = Table("device", "groups", "units drawn", "up", "peak (planned)", "submodel loss", "", box=None, header_style="dim")
+    table = Table("device", "units drawn", "up", "peak (planned)", "submodel loss", "", box=None, header_style="dim")
     for device, member in entry["devices"].items():
         trained = "loss_last" in member
         peak = f"{size(member['measured_peak_bytes'])} ({size(member['predicted_peak_bytes'])})" if trained else ""
         table.add_row(
-            plain(device), str(len(member["groups"])) if "groups" in member else "", spans(member.get("units", [])),
+            plain(device), spans(member.get("units", [])),
             size(member["update_bytes"]) if trained else "", peak,
             f"{_loss(member['loss_first'])} → {_loss(member['loss_last'])}" if trained else "",
             plain(member.get("message", "" if trained else member["stage"])),
         )  # fmt: skip
     return table
+
+
+def _gradient_table(entry: dict[str, Any]) -> list[RenderableType]:
+    """How each device made its gradient, how long a step took, and how near the full model's gradient it was.
+
+    Left out where there is nothing to tell but plain submodels.
+    """
+    table = Table("device", "gradient", "a step (expected)", "cosine with the full model's", box=None, header_style="dim")
+    for device, member in entry["devices"].items():
+        seconds, cosine, mode = member.get("step_seconds"), member.get("fidelity"), member.get("gradient")
+        if mode is None or (mode == "submodel" and seconds is None and cosine is None):
+            continue
+        expected = member.get("predicted_step_seconds")
+        step = ("–" if seconds is None else f"{seconds:.2f} s") + ("" if expected is None else f" ({expected:.2f} s)")
+        said = "" if cosine is None else f"{cosine:.3f}"
+        if cosine is not None and (units := member.get("unit_fidelity")):
+            said += f" (units {min(units.values()):.3f} to {max(units.values()):.3f})"
+        table.add_row(plain(device), mode, step, said)
+    return [table] if table.row_count else []

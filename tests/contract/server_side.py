@@ -444,7 +444,7 @@ async def read(call: Any) -> session_pb2.ServerMessage:
 
 def ready_for(key: TaskKey, data: bytes, digest: str = "", size: int | None = None) -> UpdateReady:
     """The announcement of an update."""
-    metrics = UpdateMetrics(3.0, 2.5, 100.0, 1 << 20, 1 << 20, 1.5)
+    metrics = UpdateMetrics(3.0, 2.5, 100.0, 1 << 20, 1 << 20, 1.5, 0.75, 0.5, 0.25)
     return UpdateReady(key, ObjectRef(digest or digest_of(data), len(data) if size is None else size), metrics)
 
 

@@ -41,6 +41,13 @@ def test_two_rounds_run_to_the_end_and_twice_to_the_same_bytes(tmp_path, start):
     assert first["roster"] == ["alice", "bob"] and first["weights"] == {"alice": 40, "bob": 10}
     assert len(first["devices"]["alice"]["units"]) == 3 and len(first["devices"]["bob"]["units"]) == 2
     assert first["bytes_up"] == sum(first["devices"][d]["update_bytes"] for d in ("alice", "bob"))
+    said = first["devices"]["bob"]
+    assert (said["gradient"], said["predicted_step_seconds"], said["step_seconds"], said["fidelity"]) == (
+        "submodel",
+        0.75,
+        0.5,
+        0.25,
+    )
     assert [point["rounds_done"] for point in status["loss"]] == [0, 1, 2]
     assert set(status["ledger_layers"]) == {layer + 1 for layer in ledger}
     assert json.loads(json.dumps(status, allow_nan=False)) == status

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
 import pytest
 from rich.console import Console
-from test_rounds import MANIFEST, Shell, committed, dropped, opened, probed
+from test_rounds import MANIFEST, Shell, assigned, committed, dropped, opened, probed
 
+from common.types import Capacity, Gradient, ObjectRef, PlanReport, UpdateMetrics
 from fp_server import commands as c
 from fp_server import events as e
 from fp_server.status import loss_curve, run_summary, status
 from fp_server.views import runs_table, size, status_view
 
 
-def shown(thing) -> str:
-    console = Console(file=io.StringIO(), width=220)
+def shown(thing, width: int = 220) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(thing)
     return console.file.getvalue()
 
@@ -118,3 +120,31 @@ def test_the_words_of_a_device_are_shown_and_not_obeyed(words):
     assert text.count(told) == 6, text  # problem, paused, two devices, the round, a's outcome in it
     assert text.replace("\n", "").isprintable()
     assert told in shown(runs_table([run_summary(shell.machine) | {"model": words}]))
+
+
+def test_what_a_device_says_of_its_gradient_is_shown_within_80_columns():
+    shell = Shell('[train]\ngradient = "auto"\n')
+    for device in ("laptop-north", "phone"):
+        streamed = Capacity(Gradient.STREAMED, 2, 1, True, 5, 3.5)
+        report = PlanReport("r", 1000, "ab" * 32, (streamed,), (1,) * 4, 7, "", 300 << 20)
+        shell.do(c.Connected(device), e.PlanReceived("r", device, report, 1000))
+    key = shell.key
+    metrics = UpdateMetrics(12.31, 9.87, 99.0, 310 << 20, 305 << 20, 60.0, 3.5, 3.25, 0.4125, (0.25, 0.5))
+    for device in ("laptop-north", "phone"):
+        shell.probe(device)
+        shell.do(dataclasses.replace(assigned(key, device), gradient=Gradient.STREAMED))
+    waiting = shown(status_view(whole(shell.machine)), 80)
+    assert "2 streamed" in waiting and "gradient auto" in waiting
+    shell.do(e.UpdateAccepted("r", key, "laptop-north", ObjectRef("ab" * 32, 5 << 20), metrics))
+    shell.do(e.UpdateAccepted("r", key, "phone", ObjectRef("ab" * 32, 5 << 20), UpdateMetrics(unit_fidelity=(0.5,))))
+    shell.commit()
+    made = whole(shell.machine)
+    made["current"] = None
+    member, other = (made["history"][0]["devices"][name] for name in ("laptop-north", "phone"))
+    assert (member["gradient"], member["predicted_step_seconds"], member["step_seconds"]) == ("streamed", 3.5, 3.25)
+    assert member["fidelity"] == 0.4125 and member["unit_fidelity"] == {"1": 0.25, "4": 0.5}
+    assert other["step_seconds"] is other["fidelity"] is None and "unit_fidelity" not in other, "not one value a unit"
+    text = shown(status_view(made), 80)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "laptop-north 1 4 5.0 MiB 305 MiB (310 MiB) 12.31 → 9.87" in lines, text
+    assert "laptop-north streamed 3.25 s (3.50 s) 0.412 (units 0.250 to 0.500)" in lines and "phone streamed –" in lines, text
