@@ -392,7 +392,7 @@ class Coordinator:
         member = machine.current.members.get(device) if machine.current is not None else None
         if member is None or machine.current is None or machine.current.opened.key != r.key or member.probe is not None:
             return
-        units = 0 if machine.current.opened.evaluate else len(machine.units)
+        units = len(machine.units) if machine.similarity else 0
         if text := _probe_problem(r, units):
             await self._insist(e.DeviceDropped(machine.name, r.key, device, "ProtocolError", text))
             return

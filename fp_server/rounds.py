@@ -45,6 +45,7 @@ from fp_server.commands import (
     Tick,
 )
 from fp_server.config import RunConfig
+from fp_server.methods import METHODS
 from fp_server.roundstate import PHASES, Member, Phase, Round, Stage
 from fp_server.seeding import draw_devices, rng_for
 
@@ -93,6 +94,11 @@ class RunMachine:
         """Whether the device was asked what it can hold; a plan nobody asked for changes nothing."""
         free = self.current is None or self.current.closed is not None or self._idle(device)
         return self.ended is None and free and (device in self.stale or device not in self.plans)
+
+    @property
+    def similarity(self) -> bool:
+        """Whether the current round's probes measure similarities, or the loss alone."""
+        return self.current is not None and not self.current.opened.evaluate and METHODS[self.config.run.method].probes
 
     def objects(self) -> tuple[UnitObject, ...]:
         """The broadcast adapter, an object a layer, as the current round began with it."""
@@ -374,7 +380,7 @@ class RunMachine:
         member = current.members[device]
         if member.stage is Stage.PROBING:
             seed = int(rng_for(self.config.run.seed, current.opened.key.round, device, "probe").integers(2**62))
-            task = ProbeTask(current.opened.key, self.config.probe_spec(seed), self.objects(), not current.opened.evaluate)
+            task = ProbeTask(current.opened.key, self.config.probe_spec(seed), self.objects(), self.similarity)
             return SendProbe(device, task)
         if member.stage is Stage.TRAINING and member.assigned is not None:
             return SendAssignment(device, self._assignment(device, member.assigned))

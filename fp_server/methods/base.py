@@ -13,7 +13,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import BudgetError
 from fp_server.pruning.grouping import Eigenvectors, Groups
+
+REDRAWS = 32
+"""How often a draw that does not fit is repeated before one unit fewer is drawn."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,33 @@ class PlanInputs:
                 return False
         return True
 
+    def fitting(self) -> list[int]:
+        """The units that fit alone. Raises BudgetError, naming the smallest, when none does."""
+        found = [unit for unit in range(len(self.unit_bytes)) if self.fits((unit,))]
+        if not found:
+            smallest = min(self.unit_bytes)
+            raise BudgetError(f"no unit fits in {self.limit_bytes} bytes: the smallest takes {smallest}", smallest)
+        return found
+
+
+def sample_weights(samples: Mapping[str, int]) -> dict[str, float]:
+    """w_n = |D_n| / Σ_{m ∈ S_l} |D_m| over the holders S_l of a unit (Eq. 5), in device-id order.
+
+    Raises ValueError when a holder has no samples. No holders: no weights.
+    """
+    for device, count in samples.items():
+        if count < 1:
+            raise ValueError(f"device {device!r} has {count} samples: a holder needs at least 1")
+    total = sum(samples.values())
+    return {device: samples[device] / total for device in sorted(samples)}
+
 
 @dataclass(frozen=True)
 class Draw:
     """The units of one device and how they came about; units are 0-based indices in model order."""
 
     groups: Groups
+    """Empty for a method that forms none."""
     probabilities: tuple[tuple[float, ...], ...]
     units: tuple[int, ...]
     redraws: int

@@ -11,13 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.errors import BudgetError
-from fp_server.methods.base import Draw, PlanInputs
+from fp_server.methods.base import REDRAWS, Draw, PlanInputs, sample_weights
 from fp_server.pruning.grouping import group, group_count
 from fp_server.pruning.selection import draw, probabilities
-
-REDRAWS = 32
-"""How often a draw that does not fit is repeated before the groups are reduced by one."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +36,7 @@ class FedPruner:
                 f"similarity {inputs.similarity.shape}, input-output similarity {inputs.in_out.shape} "
                 f"and {units} unit sizes do not describe the same units"
             )
-        fitting = [unit for unit in range(units) if inputs.fits((unit,))]
-        if not fitting:
-            smallest = min(inputs.unit_bytes)
-            raise BudgetError(f"no unit fits in {inputs.limit_bytes} bytes: the smallest takes {smallest}", smallest)
+        fitting = inputs.fitting()
         most = group_count(units, inputs.capacity)
         redraws = 0
         for k in range(most, 0, -1):
@@ -59,12 +52,5 @@ class FedPruner:
         return Draw(groups, chances, (likeliest,), redraws, most - 1)
 
     def weights(self, samples: Mapping[str, int]) -> dict[str, float]:
-        """w_n = |D_n| / Σ_{m ∈ S_l} |D_m| over the holders S_l of a unit (Eq. 5), in device-id order.
-
-        Raises ValueError when a holder has no samples. No holders: no weights.
-        """
-        for device, count in samples.items():
-            if count < 1:
-                raise ValueError(f"device {device!r} has {count} samples: a holder needs at least 1")
-        total = sum(samples.values())
-        return {device: samples[device] / total for device in sorted(samples)}
+        """w_n = |D_n| / Σ_{m ∈ S_l} |D_m| over the holders S_l of a unit (Eq. 5), in device-id order."""
+        return sample_weights(samples)

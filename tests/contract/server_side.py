@@ -255,12 +255,17 @@ def seeded(*parts: object) -> np.random.Generator:
 
 
 def plan_report(
-    run: str, manifest: ModelManifest = MANIFEST, units: int = 3, samples: int = 40, part: Part = Part.LAYER
+    run: str,
+    manifest: ModelManifest = MANIFEST,
+    units: int = 3,
+    samples: int = 40,
+    part: Part = Part.LAYER,
+    modes: tuple[Gradient, ...] = (Gradient.SUBMODEL,),
 ) -> PlanReport:
     """An honest plan of a device that holds so many layers: 250 bytes of each are attention."""
     sizes = (1000,) if part is Part.LAYER else (250, 750)
-    capacity = Capacity(Gradient.SUBMODEL, units * len(sizes), 1, True, 1 << 20)
-    return PlanReport(run, samples, manifest.fingerprint, (capacity,), sizes * manifest.layers, 1 << 20, "", 1 << 21)
+    capacities = tuple(Capacity(mode, units * len(sizes), 1, True, 1 << 20, 0.5) for mode in modes)
+    return PlanReport(run, samples, manifest.fingerprint, capacities, sizes * manifest.layers, 1 << 20, "", 1 << 21)
 
 
 def probe_report(task: ProbeTask, device: str, layers: int) -> ProbeReport:
@@ -305,6 +310,7 @@ class Device:
     units: int = 3
     samples: int = 40
     manifest: ModelManifest = MANIFEST
+    modes: tuple[Gradient, ...] = (Gradient.SUBMODEL,)
     chunk: int = 256
     seen: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -355,7 +361,7 @@ class Device:
                     match message.WhichOneof("body"):
                         case "plan":
                             spec = serde.run_spec_from_pb(message.plan.spec)
-                            report = plan_report(spec.run, self.manifest, self.units, self.samples, spec.part)
+                            report = plan_report(spec.run, self.manifest, self.units, self.samples, spec.part, self.modes)
                             await call.write(session_pb2.DeviceMessage(plan=serde.plan_report_to_pb(report)))
                             await self._hook("planned")
                         case "probe":

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from server_side import MANIFEST, MODULES, Device, Server, blocks_of, run_toml, whole_run
+from server_side import MANIFEST, MODULES, Device, Server, blocks_of, fetch, run_toml, whole_run
 
 from common.tensorfile import TensorFile
-from common.types import component_units, unit_modules
+from common.types import Gradient, component_units, unit_modules
 from fp_server.exporting import export_run
 
 SAMPLES = {"alice": 40, "bob": 10}
@@ -115,6 +115,38 @@ def test_components_run_to_the_end_and_each_is_summed_over_its_own_holders(serve
             name = f"base_model.model.model.layers.{layer}.{module}.lora_{{}}.weight"
             got = file.float32(name.format("B")).astype(np.float64) @ file.float32(name.format("A"))
             np.testing.assert_allclose(got, delta, atol=1e-5)
+
+
+def test_random_units_need_no_similarities(server):
+    devices = [Device(server, "alice"), Device(server, "bob", units=2)]
+    status = asyncio.run(whole_run(server, devices, run_toml(method="random")))
+    assert status["state"] == "finished" and status["rounds_done"] == 2 and status["method"] == "random"
+    assert devices[0].seen.count("probed") == 0 and devices[0].seen.count("evaluated") == 3, "no probe asks for similarities"
+    assert [point["rounds_done"] for point in status["loss"]] == [0, 1, 2], "the loss is measured all the same"
+    member = status["history"][0]["devices"]["alice"]
+    assert len(member["units"]) == 3 and member["groups"] == []
+
+
+def test_auto_gives_each_device_its_own_mode_and_the_adapter_that_mode_needs(server):
+    alice = Device(server, "alice", modes=(Gradient.SUBMODEL, Gradient.STREAMED))
+    bob = Device(server, "bob")
+    fetched: list[int] = []
+
+    async def make(assignment, device):
+        async with server.channel(device.name) as channel:
+            for item in assignment.adapter:
+                fetched.append(len(await fetch(channel, item.ref.digest)))
+        return device.honest(assignment)
+
+    alice.make = make
+    status = asyncio.run(whole_run(server, [alice, bob], run_toml(train_gradient="auto")))
+    assert status["state"] == "finished" and status["gradient"] == "auto"
+    assert {a.spec.gradient for a in alice.assignments} == {Gradient.STREAMED}
+    assert {a.spec.gradient for a in bob.assignments} == {Gradient.SUBMODEL}
+    trained = {u.layer for device in (alice, bob) for u in device.assignments[0].units}
+    assert {item.layer for item in alice.assignments[1].adapter} == trained and len(fetched) == len(trained)
+    assert {item.layer for item in bob.assignments[1].adapter} == trained & {u.layer for u in bob.assignments[1].units}
+    assert [r["devices"]["alice"]["gradient"] for r in status["history"][:2]] == ["streamed"] * 2
 
 
 def test_a_device_that_fails_its_task_leaves_the_round_to_the_others(server):

@@ -9,7 +9,8 @@ import pytest
 
 from common.errors import BudgetError
 from fp_server.methods import METHODS, PlanInputs
-from fp_server.methods.fedpruner import REDRAWS, FedPruner
+from fp_server.methods.base import REDRAWS
+from fp_server.methods.fedpruner import FedPruner
 from fp_server.pruning.grouping import group
 from fp_server.pruning.selection import draw, probabilities
 

@@ -68,7 +68,7 @@ def test_what_is_wrong_is_named(extra, said):
         ("devices_per_round = 0.0", "run.devices_per_round"),
         ("quorum = 1.5", "run.quorum"),
         ("seed = -1", "run.seed"),
-        ("method = 'other'", "run.method: no such method (there are: fedpruner) (got 'other')"),
+        ("method = 'other'", "run.method: no such method (there are: fedpruner, random) (got 'other')"),
         ("progress_timeout_seconds = inf", "run.progress_timeout_seconds"),
     ],
 )
