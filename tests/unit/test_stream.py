@@ -13,8 +13,9 @@ from common.checkpoint import Checkpoint
 from common.types import LoraBlock, ModuleShape, Part, Quantization, Start, TrainSpec, UnitId
 from fp_client.families import FAMILIES
 from fp_client.loader import UnitLoader
+from fp_client.memory import StreamPlan
 from fp_client.shapes import shape_of
-from fp_client.stream import Streamed, StreamPlan
+from fp_client.stream import Streamed
 from fp_client.submodel import load_submodel
 from fp_client.train import train
 from tests.unit import tiny
@@ -94,3 +95,104 @@ def test_what_stays_in_memory_changes_no_bit(changes: dict[str, Any], tmp_path: 
         trainer.close()
     assert results[0][0] == results[1][0]
     assert all(torch.equal(one, other) for one, other in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("units", [LAYER_UNITS, COMPONENT_UNITS], ids=["layers", "components"])
+@pytest.mark.parametrize("start", list(Start))
+def test_the_broadcast_adapter_is_part_of_the_model(start: Start, units: tuple[UnitId, ...], tmp_path: Path) -> None:
+    directory, rows = tiny.make("llama", tmp_path), tiny.batch()
+    spec = spec_of(directory, start=start)
+    shapes = shape_of(Checkpoint(directory).config).modules
+    blocks = {layer: [broadcast(layer, m.name, m.d_out, m.d_in) for m in shapes] for layer in range(tiny.LAYERS)}
+    trainer = streamed(directory, tmp_path, units, spec, adapter=blocks)
+    loss, _ = gradient(trainer, rows)
+    trained = {(block.layer, block.module): block for block in trainer.blocks()}
+    model = tiny.whole(directory)
+    scale = spec.alpha / spec.rank
+    for layer, found in blocks.items():
+        for block in found:
+            # Whatever is trained begins as a part of ΔW or as nothing: the model is W_0 + ΔW either way.
+            model.model.layers[layer].get_submodule(block.module).weight += torch.from_numpy(block.b @ block.a)
+    assert loss == pytest.approx(tiny.full_loss(model, rows), abs=1e-5)
+    top = trained[units[-1].layer, "mlp.down_proj"]
+    if start is Start.GLOBAL:
+        given = next(b for b in blocks[units[-1].layer] if b.module == "mlp.down_proj")
+        torch.testing.assert_close(torch.from_numpy(scale * top.b @ top.a), torch.from_numpy(given.b[:, :3] @ given.a[:3]))
+    else:
+        assert not top.b.any()
+
+
+def test_quantized_units_give_the_gradient_of_the_quantized_model_in_memory(tmp_path: Path) -> None:
+    directory, rows = tiny.make("llama", tmp_path, hidden_size=64, intermediate_size=128), tiny.batch()
+    spec = spec_of(directory)
+    loader = UnitLoader(Checkpoint(directory), "cpu", torch.float32, Quantization.NF4, tmp_path / "nf4", "0" * 64)
+    everything = tuple(UnitId(index) for index in range(tiny.LAYERS))
+    trainers = [
+        Streamed(loader, everything, spec, {}, StreamPlan(ahead=True), tmp_path / "spill"),
+        load_submodel(loader, everything, spec),
+    ]
+    found = []
+    for trainer in trainers:
+        shake(trainer)
+        found.append(gradient(trainer, rows))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+def test_a_round_with_all_units_is_plain_lora_training(tmp_path: Path) -> None:
+    directory = tiny.make("qwen3", tmp_path)
+    spec = spec_of(directory, steps=4)
+    everything = tuple(UnitId(index) for index in range(tiny.LAYERS))
+    batches = [tiny.batch(seed=seed) for seed in range(4)]
+    one = train(streamed(directory, tmp_path, everything, spec), batches, spec, 2)
+    other = train(load_submodel(UnitLoader(Checkpoint(directory)), everything, spec), batches, spec, 3)
+    assert one.loss_last == pytest.approx(other.loss_last, abs=1e-4)
+    for mine, its in zip(one.blocks, other.blocks, strict=True):
+        assert (mine.layer, mine.module) == (its.layer, its.module)
+        assert abs(mine.b - its.b).max() <= 1e-4 and abs(mine.a - its.a).max() <= 1e-4
+
+
+def test_the_prefix_is_made_once_and_the_same(tmp_path: Path) -> None:
+    """Steps after the first must not see a prefix of other rows, and the layers below are read once a round."""
+    directory = tiny.make("llama", tmp_path)
+    spec = spec_of(directory, steps=3)
+    batches = [tiny.batch(4, seed=seed) for seed in range(3)]
+    trainer = streamed(directory, tmp_path, LAYER_UNITS, spec)
+    read: list[int] = []
+    fill = trainer.full.layers._fill
+    trainer.full.layers._fill = lambda index: (read.append(index), fill(index))[1]  # type: ignore[method-assign, func-returns-value]
+    trainer.begin(batches, 2)
+    assert read == [0]
+    for step, rows in enumerate(batches):
+        counted = int((rows["labels"][:, 1:] != -100).sum())
+        total = trainer.gradients(step, rows, 2, counted)
+        assert total / counted == pytest.approx(tiny.full_loss(tiny.whole(directory), rows), abs=1e-5)
+    assert read.count(0) == 1
+    # Top and bottom of the trunk are read once a step: the last one forward is the first one back.
+    assert [read.count(index) for index in range(1, 6)] == [4, 6, 6, 6, 3]
+
+
+def test_dropout_is_the_same_in_forward_and_recomputation(tmp_path: Path) -> None:
+    """The gradient with dropout is that of the very function the forward pass computed: finite differences agree."""
+    directory, rows = tiny.make("llama", tmp_path), tiny.batch()
+    spec = spec_of(directory, dropout=0.5)
+    trainer = streamed(directory, tmp_path, LAYER_UNITS, spec)
+    shake(trainer)
+    counted = int((rows["labels"][:, 1:] != -100).sum())
+    trainer.begin([rows, rows], 2)
+    first = trainer.gradients(0, rows, 2, counted)
+    assert trainer.gradients(0, rows, 2, counted) == first  # the same place in the round draws the same
+    assert trainer.gradients(1, rows, 2, counted) != first
+    for parameter in trainer.trainable:
+        parameter.grad = None
+    trainer.gradients(0, rows, 2, counted)
+    parameter = max(trainer.trainable, key=lambda p: float(p.grad.norm()) if p.grad is not None else 0.0)
+    assert parameter.grad is not None
+    direction, slope, step = parameter.grad / parameter.grad.norm(), float(parameter.grad.norm()), 1e-2
+    sides = []
+    for sign in (1, -1):
+        parameter.data.add_(direction, alpha=sign * step)
+        sides.append(trainer.gradients(0, rows, 2, counted) / counted)
+        parameter.data.add_(direction, alpha=-sign * step)
+    assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(slope, rel=0.02)
