@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install model demo test check unit contract integration server-alone gpu bench bench-server bench-probe bench-planner bench-7b bench-groups proto format clean
+.PHONY: help install model demo test check unit contract integration server-alone gpu bench bench-server bench-probe bench-planner bench-7b bench-groups lab lab-report proto format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -83,6 +83,13 @@ bench-7b: $(STAMP) ## A LLaMA2-7B shape with random weights: probe and 12-layer 
 
 bench-groups: $(STAMP) model ## FDLO groups and IALS probabilities of a real run, early and late
 	$(BIN)/python benchmarks/groups.py
+
+lab: $(STAMP) model ## Compare gradient modes on your data: make lab DATA=alpaca.jsonl (hours; goes on where it stopped)
+	@test -n "$(DATA)" || { echo "error: say which data: make lab DATA=alpaca.jsonl" >&2; exit 1; }
+	$(BIN)/fp-lab run fp_lab/experiments/gradients.toml --data "$(DATA)" --out .cache/lab/gradients
+
+lab-report: $(STAMP) ## Write the lab's results so far to docs/results/gradients.md
+	$(BIN)/fp-lab report .cache/lab/gradients --out docs/results/gradients.md
 
 proto: $(STAMP) ## Generate common/pb from proto/
 	$(BIN)/python tests/proto_drift.py --write

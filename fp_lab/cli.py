@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from rich.status import Status
 from rich.table import Table
 
 from common.errors import FedPrunerError
+from fp_client.pool import worker_environment
 from fp_lab.report import collect, default_rounds, draw, markdown
 from fp_lab.results import Line
 from fp_lab.runner import JobPlace, Signals, Watch, chosen, kept_experiment, places, run_jobs
@@ -30,6 +32,16 @@ STOPPED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
 
+def as_worker(threads: int) -> None:
+    """Start this process anew in a worker's environment, unless it has it: glibc reads its settings at the start.
+
+    Without them memory peaks are not those of a device's worker.
+    """
+    wanted = {**worker_environment(threads), "OPENBLAS_NUM_THREADS": "1"}  # the server's numpy: as in fp-server
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "fp_lab", *sys.argv[1:]], wanted)
+
+
 @app.command(epilog="Example: `fp-lab run fp_lab/experiments/gradients.toml --data alpaca.jsonl --out gradients`")
 def run(
     file: Annotated[Path, typer.Argument(help="An experiment file.")],
@@ -42,9 +54,11 @@ def run(
 ) -> None:
     """Work on an experiment's jobs (rows × seeds) until they are done. Ctrl-C stops; run it again to go on."""
     from fp_lab.experiment import load_experiment
-    from fp_lab.job import Stopped
 
     experiment = load_experiment(file, data, model)
+    as_worker(experiment.threads)
+    from fp_lab.job import Stopped
+
     jobs = chosen(experiment, directory, row or [], seed or [])
     signals = Signals()
     with signals.handled(), err.status("starting") as status:

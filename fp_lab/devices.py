@@ -16,6 +16,7 @@ from common.tensorfile import ITEMSIZE
 from common.types import (
     Assignment,
     Capacity,
+    Gradient,
     ModelManifest,
     PlanReport,
     ProbeReport,
@@ -24,6 +25,7 @@ from common.types import (
     RunSpec,
     UnitObject,
     UpdateMetrics,
+    model_units,
 )
 from fp_client import measure
 from fp_client.batches import Dataset, heldout_batches
@@ -170,15 +172,22 @@ class JobDevices:
         """
         if self._planned is None:
             self._planned = self._fleet.planned(spec, self._row)
-        planned, most = self._planned, self._row.units
-        capacities: tuple[Capacity, ...] = (planned.capacity,)
-        if most is not None:
-            capacities = tuple(replace(one, units=min(one.units, most)) for one in capacities)
+        planned = self._planned
         window = max(spec.train.sequence_length, spec.probe.sequence_length)
         return PlanReport(
-            spec.run, samples or self._fleet.samples(device, window, self._cache), spec.fingerprint, capacities,
-            planned.unit_bytes, planned.smallest_budget, "", self._row.budget,
+            spec.run, samples or self._fleet.samples(device, window, self._cache), spec.fingerprint,
+            self._capacities(planned, spec), planned.unit_bytes, planned.smallest_budget, "", self._row.budget,
         )  # fmt: skip
+
+    def _capacities(self, planned: Plan, spec: RunSpec) -> tuple[Capacity, ...]:
+        held: tuple[Capacity, ...] = (planned.capacity,)
+        if self._row.units is None:
+            return held
+        gradient = spec.train.gradient
+        if not self._row.budget and gradient is not Gradient.AUTO and all(one.gradient is not gradient for one in held):
+            held = (*held, replace(planned.capacity, gradient=gradient))
+        most = self._row.units * len(model_units(spec.part, 1))
+        return tuple(replace(one, units=min(one.units, most)) for one in held)
 
     def probe(self, device: str, task: ProbeTask) -> ProbeReport:
         """A device's probe of the full model."""

@@ -25,6 +25,7 @@ from fp_lab.experiment import Experiment, Row, run_of
 from fp_lab.partition import device_names
 from fp_lab.results import Line, Results, line_of
 from fp_server import events as e
+from fp_server.capacity import plan_problem, refusal
 from fp_server.commands import Connected, PlanConfirmed, Record, Recovered, SendAssignment, SendProbe, Stimulus
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
@@ -115,6 +116,7 @@ class Job:
 
     def _open(self, manifest: ModelManifest) -> RunMachine:
         config, toml = run_of(self.experiment, self.row, self.seed)
+        config.check(manifest)
         machine: RunMachine | None = None
         for _, event in self._log.replay(config.run.name):
             if isinstance(event, e.RunStarted):
@@ -192,21 +194,22 @@ class Job:
             self._post(self._turn(device, None if choosing else machine.task(device)))
 
     def _stuck(self) -> None:
-        paused = self.machine.paused
-        dropped = [f"{d}: {m.dropped.message}" for r, _ in self.machine.history[-1:] for d, m in r.members.items() if m.dropped]
-        raise ConfigError(
-            f"run {self.machine.name!r} can't go on: "
-            + (
-                f"{paused} ({'; '.join(dropped)})"
-                if paused
-                else f"no device can train with gradient {self.machine.config.train.gradient.value!r}"
-            )
-        )
+        """Raises ConfigError saying why nothing can be done."""
+        machine = self.machine
+        if machine.paused is not None:
+            last = machine.history[-1][0].members if machine.history else {}
+            said = [f"{device}: {member.dropped.message}" for device, member in sorted(last.items()) if member.dropped]
+            raise ConfigError(f"run {machine.name!r} is paused: {machine.paused} ({'; '.join(said)})")
+        unable = next((d for d in self.names if machine.capacity(d) is None), "")
+        why = refusal(machine.plans[unable].report, machine.config.train.gradient) if unable else "no round can be opened"
+        raise ConfigError(f"run {machine.name!r} can't go on: {unable} {why}".replace("  ", " "))
 
     def _plan(self, device: str) -> e.PlanReceived | PlanConfirmed:
         before = self.machine.plans.get(device)
         known = before.samples if before is not None else 0
         report: PlanReport = self.devices.plan(self.machine.spec, device, known)
+        if problem := plan_problem(report, self.machine.manifest, self.machine.units):
+            raise ConfigError(f"row {self.row.name!r}: {problem}")
         event = e.PlanReceived(self.machine.name, device, report, report.samples)
         return PlanConfirmed(device) if event == before else event
 

@@ -76,7 +76,7 @@ def line_of(machine: RunMachine, committed: int, evaluation: Evaluation | None, 
             line |= {
                 "learning_rate": machine.config.learning_rate(commit.key.round), "attempt": commit.key.attempt,
                 "bytes_up": commit.bytes_up, "bytes_down": commit.bytes_down, "devices": _devices(a_round),
-                "dropped_energy": max((unit.dropped for unit in commit.units), default=0.0),
+                "energy_not_sent": max((unit.dropped for unit in commit.units), default=0.0),
             }  # fmt: skip
     return line
 
@@ -94,7 +94,7 @@ def _devices(a_round: Round) -> dict[str, Line]:
 def _device(member: Member) -> Line:
     found: Line = {}
     if member.assigned is not None:
-        found["units"] = [unit.label for unit in member.assigned.units]
+        found |= {"units": [unit.label for unit in member.assigned.units], "gradient": member.assigned.gradient.value}
     if member.probe is not None:
         found |= _probe(member.probe)
     if member.accepted is not None:

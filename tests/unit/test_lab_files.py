@@ -1,0 +1,173 @@
+"""Experiment files, partitions and reports of the lab; nothing here computes with a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from common.errors import ConfigError, DataError
+from fp_lab import cli
+from fp_lab.experiment import DataSection, Experiment, load_experiment, run_of, to_toml
+from fp_lab.partition import device_names, prepare
+from fp_lab.report import collect, default_rounds, draw, markdown
+from fp_lab.runner import FILE, places
+from fp_server.work import parse_run
+from tests.unit import device
+
+ROOT = Path(__file__).parents[2]
+SMALL = 'name = "x"\nmodel = "m"\n[[row]]\nname = "a"\nunits = 2\n[[row]]\nname = "b"\ntrain.gradient = "submodel"\n'
+
+
+class Words:
+    """A tokenizer of one token a word."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1] * len(text.split())}
+
+
+def load(tmp_path: Path, text: str) -> Experiment:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    return load_experiment(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SMALL + "learning_rate = 1\n", "row.1.learning_rate: unknown key"),
+        (SMALL + "train.rate = 1.0\n", r"row 'b': train\.rate: unknown key"),
+        (SMALL + 'run.method = "magic"\n', r"run\.method: no such method"),
+        (SMALL + "run.seed = 1\n", "run.seed is the experiment's own"),
+        (SMALL + "train.sequence_length = 64\n", "see `rounds`, `seeds` and `window`"),
+        (SMALL.replace('"b"', '"a"'), "two rows are called 'a'"),
+        (SMALL + 'budget = "much"\n', "not a size"),
+        ('name = "x"\nmodel = "m"\n', "row: missing"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path, text)
+
+
+def test_rows_override_the_experiment_key_by_key(tmp_path: Path) -> None:
+    found = load(tmp_path, SMALL.replace("[[row]]", "[train]\nsteps = 3\nlearning_rate = 0.5\n[[row]]", 1) + "train.steps = 7\n")
+    first, _ = run_of(found, found.find("a"), 0)
+    second, toml = run_of(found, found.find("b"), 5)
+    assert (first.train.steps, first.train.learning_rate, second.train.steps) == (3, 0.5, 7)
+    assert (second.run.name, second.run.seed, second.run.min_devices) == ("b-s5", 5, 20)
+    assert second.train.sequence_length == found.window and not second.run.final_evaluation
+    assert parse_run(toml, "again") == second
+
+
+def test_toml_holds_any_text() -> None:
+    import tomllib
+
+    tables = {"model": {"name": 'a "b" \\ ü 😀\n', "list": ["q", "v"]}, "train": {"rate": 1e-05, "on": True, "steps": 3}}
+    assert tomllib.loads(to_toml(tables)) == tables
+
+
+def test_the_experiments_that_come_with_the_lab_are_right() -> None:
+    files = sorted((ROOT / "fp_lab/experiments").glob("*.toml"))
+    assert files
+    for path in files:
+        assert not load_experiment(path).data.sources, "the data is the person's"
+
+
+def rows_in(path: Path) -> list[str]:
+    return [json.loads(line)["output"] for line in path.read_text().splitlines()]
+
+
+def source(path: Path, count: int = 100) -> str:
+    rows = device.rows(count)
+    for index, row in enumerate(rows):
+        row["instruction"] = f"{('Add', 'Take', 'Draw')[index % 3]} {index}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("partition", ["iid", "verb", "source"])
+def test_no_row_is_dealt_twice(tmp_path: Path, partition: Any) -> None:
+    section = DataSection(
+        sources=[source(tmp_path / "a.jsonl"), str(device.data(tmp_path / "b.jsonl", 40))],
+        devices=5, rows_per_device=20, held_out=7, partition=partition, seed=3,
+    )  # fmt: skip
+    made = prepare(tmp_path / "out", section, 64, Words())
+    dealt = [rows_in(made / f"{name}.jsonl") for name in device_names(5)]
+    held = rows_in(made / "held-out.jsonl")
+    assert [len(one) for one in dealt] == [20] * 5 and len(held) == 7
+    lines = [line for path in made.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len(set(lines)) == len(lines) == 107
+    again = prepare(tmp_path / "again", section, 64, Words())
+    assert all((again / path.name).read_bytes() == path.read_bytes() for path in made.iterdir())
+    assert prepare(tmp_path / "out", section, 64, Words()) == made
+    with pytest.raises(ConfigError, match="made with other seed"):
+        prepare(tmp_path / "out", section.model_copy(update={"seed": 4}), 64, Words())
+
+
+def test_mixtures_differ_more_with_a_small_alpha(tmp_path: Path) -> None:
+    path = source(tmp_path / "a.jsonl", 600)
+
+    def spread(alpha: float) -> float:
+        section = DataSection(sources=[path], devices=6, rows_per_device=30, held_out=5, partition="verb", alpha=alpha)
+        made = prepare(tmp_path / str(alpha), section, 64, Words())
+        most = []
+        for name in device_names(6):
+            verbs = [json.loads(line)["instruction"].split()[0] for line in (made / f"{name}.jsonl").read_text().splitlines()]
+            most.append(max(verbs.count(verb) for verb in ("Add", "Take", "Draw")) / 30)
+        return sum(most) / 6
+
+    assert spread(0.05) > 0.75 > 0.55 > spread(100.0)
+
+
+def test_too_little_data_is_said(tmp_path: Path) -> None:
+    section = DataSection(sources=[source(tmp_path / "a.jsonl")], devices=20, rows_per_device=20)
+    with pytest.raises(DataError, match="100 examples are too few for 96 held-out rows"):
+        prepare(tmp_path / "out", section, 64, Words())
+    assert not (tmp_path / "out/data").exists()
+    with pytest.raises(ConfigError, match="--data"):
+        prepare(tmp_path / "out", section.model_copy(update={"sources": []}), 64, Words())
+
+
+def write_results(experiment: Experiment, directory: Path, losses: dict[str, list[list[float]]]) -> None:
+    for place in places(experiment, directory):
+        place.directory.mkdir(parents=True)
+        found = losses[place.row.name][experiment.seeds_of(place.row).index(place.seed)]
+        with (place.directory / "results.jsonl").open("w") as file:
+            for number, loss in enumerate(found):
+                one = {"units": ["1", "2"], "probe_seconds": 1.5, "train_seconds": 2.0, "train_peak": 3 << 20, "fidelity": 0.25}
+                line = {"round": number, "loss": loss, "seconds": {"aggregate": None, "evaluate": 1.0}, "bytes_up": 2048}
+                file.write(json.dumps({**line, "devices": {"d00": one}} if number else line) + "\n")
+
+
+def test_report_and_status(tmp_path: Path) -> None:
+    experiment = load(tmp_path, "seeds = [0, 1]\n" + SMALL)
+    losses = {"a": [[2.0, 1.9, 1.8], [2.2, 2.1, 1.9]], "b": [[2.0, 1.8, 1.5], [2.2, 2.0]]}
+    out = tmp_path / "out"
+    write_results(experiment, out, losses)
+    results = collect(experiment, out)
+    assert default_rounds(results) == [1, 2]
+    page = markdown(experiment, results, [1, 2], "b")
+    # b has one seed at round 2; a's share is over that seed alone: 0.2 of 0.5.
+    assert "| a | 2.000 (1.900, 2.100) | 1.850 (1.800, 1.900) | +0.250 | 40% |" in page
+    assert "| b | 1.900 (1.800, 2.000) | 1.500 | +0.500 | 100% |" in page
+    assert "2.000 to 2.200" in page and "| 3 MiB |" in page and "| 0.250 |" in page
+    with pytest.raises(ConfigError, match="row 'c' has no results"):
+        markdown(experiment, results, [1, 2], "c")
+    draw(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    (out / FILE).write_text((tmp_path / "x.toml").read_text())
+    shown = CliRunner().invoke(cli.app, ["status", str(out)])
+    assert shown.exit_code == 0 and "2/12" in shown.output and "+0.5000" in shown.output
+    written = CliRunner().invoke(cli.app, ["report", str(out), "--out", str(tmp_path / "page.md"), "--round", "2"])
+    assert written.exit_code == 0 and "![full-model loss by round](page.png)" in (tmp_path / "page.md").read_text()
+
+
+def test_a_directory_without_an_experiment_is_said(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(cli.app, ["status", str(tmp_path)])
+    assert isinstance(shown.exception, ConfigError) and "fp-lab run FILE" in str(shown.exception)
