@@ -74,6 +74,25 @@ def test_matrix_and_loss_equal_the_model_in_memory(family: str, sample: Position
     assert found.loss == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_components_are_seen_between_attention_and_feed_forward(family: str, tmp_path: Path) -> None:
+    directory, rows = tiny.make(family, tmp_path), tiny.batch()
+    spec = ProbeSpec(part=Part.ATTENTION, positions=40)
+    found = probe(UnitLoader(Checkpoint(directory)), rows, [rows], spec, micro_rows=2)
+    twin = tiny.whole(directory)
+    streams, middle = tiny.residual_streams(twin, rows), []
+    for layer in twin.model.layers:
+        # What enters the feed-forward's norm is the stream after attention.
+        norm = layer.get_submodule(FAMILIES[family].mlp_norms[0]) if family != "olmo2" else layer.mlp
+        norm.register_forward_pre_hook(lambda module, inputs: middle.append(inputs[0]))
+    assert found.loss == pytest.approx(tiny.full_loss(twin, rows), abs=1e-5)
+    seen = [streams[0]] + [state for pair in zip(middle, streams[1:], strict=True) for state in pair]
+    full = twin_matrix(seen, rows["attention_mask"], spec)
+    np.testing.assert_allclose(found.similarity, full[1:, 1:], atol=1e-4)
+    np.testing.assert_allclose(found.in_out, np.diagonal(full, 1), atol=1e-4)
+    assert found.similarity.shape == (2 * tiny.LAYERS, 2 * tiny.LAYERS)
+
+
 def test_adapter_is_part_of_the_measured_model(tmp_path: Path) -> None:
     directory = tiny.make("llama", tmp_path)
     rng = np.random.default_rng(0)
@@ -122,8 +141,6 @@ def test_progress_counts_every_layer_of_every_pass(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     loader, rows = UnitLoader(Checkpoint(tiny.make("llama", tmp_path))), tiny.batch()
-    with pytest.raises(ProtocolError, match="not 'attention' components"):
-        probe(loader, rows, [], ProbeSpec(part=Part.ATTENTION))
     with pytest.raises(DataError, match="no rows"):
         probe(loader, None, [rows], ProbeSpec())
     with pytest.raises(DataError, match="fewer than two usable"):

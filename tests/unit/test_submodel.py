@@ -143,11 +143,34 @@ def test_refusals(tmp_path: Path) -> None:
     loader = UnitLoader(Checkpoint(tiny.make("llama", tmp_path)))
     for units, message in (
         ([UnitId(6)], "unit 7: the model has 6 layers"),
-        ([UnitId(1, Part.FFN)], "unit 2N: this client prunes whole layers"),
+        ([UnitId(1, Part.FFN), UnitId(1)], "each only once"),
         ([], "at least one unit"),
         ([UnitId(1), UnitId(1)], "each only once"),
     ):
         with pytest.raises(ProtocolError, match=message):
             load_submodel(loader, units, SPEC)
+    with pytest.raises(ProtocolError, match=r"unit 2M: none of the run's targets is in it \(mlp.down_proj\)"):
+        load_submodel(loader, [UnitId(1, Part.ATTENTION)], replace(SPEC, targets=("mlp.down_proj",)))
     with pytest.raises(ProtocolError, match=r"layer 2 .*no linear module 'mlp.gate' \(it has mlp.down_proj, "):
         load_submodel(loader, UNITS, replace(SPEC, targets=("mlp.gate",)))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_components_are_kept_alone(family: str, tmp_path: Path) -> None:
+    """A layer that keeps one component: the other adds nothing, its weights are not read, LoRA is on the kept one alone."""
+    directory, rows = tiny.make(family, tmp_path), tiny.batch()
+    units = [UnitId(1, Part.FFN), UnitId(2, Part.ATTENTION), UnitId(4, Part.ATTENTION), UnitId(4, Part.FFN)]
+    submodel = load_submodel(UnitLoader(Checkpoint(directory)), units, SPEC)
+    loss, count = submodel.loss(rows)
+    assert [(b.layer, b.module) for b in submodel.blocks()] == [
+        (1, "mlp.down_proj"), (2, "self_attn.o_proj"), (4, "mlp.down_proj"), (4, "self_attn.o_proj"),
+    ]  # fmt: skip
+    assert all(not name.startswith("mlp") for name, _ in submodel.kept[2].named_parameters())
+    twin = tiny.whole(directory)
+    zero_attention = lambda hidden_states, *args, **kwargs: (torch.zeros_like(hidden_states), None)  # noqa: E731
+    for index, layer in enumerate(twin.model.layers):
+        if (index, Part.ATTENTION) not in {(u.layer, u.part) for u in units}:
+            layer.self_attn.forward = zero_attention
+        if (index, Part.FFN) not in {(u.layer, u.part) for u in units}:
+            layer.mlp.forward = torch.zeros_like
+    assert float(loss.detach() / count) == pytest.approx(tiny.full_loss(twin, rows), abs=1e-5)

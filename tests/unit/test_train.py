@@ -121,7 +121,7 @@ def test_progress_and_running_out_of_batches(tmp_path: Path) -> None:
         train(loaded(directory), BATCHES[:1], SPEC, 4)
     empty = {**BATCHES[0], "labels": torch.full_like(BATCHES[0]["labels"], -100)}
     with pytest.raises(DataError, match="step 1: the batch has no response token"):
-        train(loaded(directory), [empty], SPEC, 4)
+        train(loaded(directory), [empty, empty], SPEC, 4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -143,8 +143,7 @@ def test_what_is_not_finite_is_never_a_result(value: float, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gradient": Gradient.STREAMED}, "gradient mode 'streamed' is not supported"),
-        ({"gradient": Gradient.STITCHED}, "gradient mode 'stitched' is not supported"),
+        ({"gradient": Gradient.AUTO}, "gradient mode 'auto' must be resolved by the server"),
         ({"estimator": Estimator.FORWARD}, "estimator 'forward' is not supported"),
         ({"upload": Factors.A}, "upload of factor 'A' alone"),
         ({"rank": 0}, "positive rank"),
