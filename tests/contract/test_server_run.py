@@ -134,8 +134,7 @@ def test_auto_gives_each_device_its_own_mode_and_the_adapter_that_mode_needs(ser
 
     async def make(assignment, device):
         async with server.channel(device.name) as channel:
-            for item in assignment.adapter:
-                fetched.append(len(await fetch(channel, item.ref.digest)))
+            fetched.extend([len(await fetch(channel, item.ref.digest)) for item in assignment.adapter])
         return device.honest(assignment)
 
     alice.make = make
