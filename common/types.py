@@ -36,17 +36,6 @@ class Gradient(StrEnum):
     AUTO = "auto"
 
 
-class Stitch(StrEnum):
-    """What stands in a pruned gap of a stitched submodel."""
-
-    SHIFT = "shift"
-    """The mean change over the gap."""
-    LOW_RANK = "low-rank"
-    """An affine map whose deviation from the identity has bounded rank."""
-    AFFINE = "affine"
-    """A full affine map."""
-
-
 class Start(StrEnum):
     """Where a round's LoRA starts: a new adapter on W_0 + ΔW, or the top-r part of ΔW."""
 
@@ -193,17 +182,6 @@ class ProbeSpec:
 
 
 @dataclass(frozen=True)
-class StitchSpec:
-    """How a stitched submodel's surrogates are fitted."""
-
-    kind: Stitch = Stitch.AFFINE
-    rank: int = 64
-    """Of a low-rank surrogate."""
-    tokens: int = 1024
-    """Token positions of the probe batch that a surrogate is fitted on, at most."""
-
-
-@dataclass(frozen=True)
 class TrainSpec:
     """Everything a device must know to train, whatever the method on the server is."""
 
@@ -224,7 +202,6 @@ class TrainSpec:
     upload: Factors = Factors.BOTH
     fidelity: bool = False
     """Whether the device measures, before it trains, its gradient's cosine with the full model's."""
-    stitch: StitchSpec = StitchSpec()
 
 
 @dataclass(frozen=True)

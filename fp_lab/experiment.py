@@ -15,7 +15,7 @@ from fp_client.config import Bytes
 from fp_server.config import RunConfig
 from fp_server.work import parse_run
 
-TABLES = ("run", "lora", "train", "stitch", "probe", "pruning", "limits")
+TABLES = ("run", "lora", "train", "probe", "pruning", "limits")
 """The tables of a run file that an experiment and its rows may set."""
 OWN = {"run": ("name", "seed", "rounds", "min_devices", "final_evaluation"), "train": ("sequence_length",)}
 """Keys of those tables that the experiment decides itself."""
@@ -45,7 +45,6 @@ class Overrides(Section):
     run: Table = Field(default_factory=dict)
     lora: Table = Field(default_factory=dict)
     train: Table = Field(default_factory=dict)
-    stitch: Table = Field(default_factory=dict)
     probe: Table = Field(default_factory=dict)
     pruning: Table = Field(default_factory=dict)
     limits: Table = Field(default_factory=dict)

@@ -21,8 +21,6 @@ from common.types import (
     ProbeSpec,
     RunSpec,
     Start,
-    Stitch,
-    StitchSpec,
     TrainSpec,
     UnitId,
     model_units,
@@ -155,16 +153,6 @@ class TrainSection(Section):
     final_learning_rate: float = Field(5e-6, ge=0)
 
 
-class StitchSection(Section):
-    """``[stitch]``: what stands in the gaps of a stitched submodel."""
-
-    kind: Stitch = Stitch.AFFINE
-    rank: int = Field(64, ge=1, le=8192)
-    """Of a low-rank surrogate."""
-    tokens: int = Field(1024, ge=16, le=65_536)
-    """Token positions a surrogate is fitted on, at most."""
-
-
 class ProbeSection(Section):
     """``[probe]``."""
 
@@ -205,7 +193,6 @@ class RunConfig(Section):
     model: ModelSection
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
-    stitch: StitchSection = StitchSection()
     probe: ProbeSection = ProbeSection()
     pruning: PruningSection = PruningSection()
     limits: LimitSection = LimitSection()
@@ -272,7 +259,6 @@ class RunConfig(Section):
             learning_rate=learning_rate, rank=self.lora.rank, alpha=self.lora.alpha, targets=self.targets(manifest),
             seed=seed, dropout=self.lora.dropout, gradient=self.train.gradient, start=self.lora.start,
             train=self.lora.train, fidelity=self.train.fidelity,
-            stitch=StitchSpec(self.stitch.kind, self.stitch.rank, self.stitch.tokens),
         )  # fmt: skip
 
     def probe_spec(self, seed: int) -> ProbeSpec:

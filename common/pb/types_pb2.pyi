@@ -76,18 +76,8 @@ class ProbeSpec(_message.Message):
     seed: int
     def __init__(self, part: _Optional[_Union[Part, str]] = ..., positions: _Optional[int] = ..., kernel: _Optional[str] = ..., sample: _Optional[str] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
-class StitchSpec(_message.Message):
-    __slots__ = ("kind", "rank", "tokens")
-    KIND_FIELD_NUMBER: _ClassVar[int]
-    RANK_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_FIELD_NUMBER: _ClassVar[int]
-    kind: str
-    rank: int
-    tokens: int
-    def __init__(self, kind: _Optional[str] = ..., rank: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
-
 class TrainSpec(_message.Message):
-    __slots__ = ("steps", "batch_size", "sequence_length", "learning_rate", "rank", "alpha", "targets", "seed", "dropout", "gradient", "estimator", "start", "train", "upload", "fidelity", "stitch")
+    __slots__ = ("steps", "batch_size", "sequence_length", "learning_rate", "rank", "alpha", "targets", "seed", "dropout", "gradient", "estimator", "start", "train", "upload", "fidelity")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -103,7 +93,6 @@ class TrainSpec(_message.Message):
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
-    STITCH_FIELD_NUMBER: _ClassVar[int]
     steps: int
     batch_size: int
     sequence_length: int
@@ -119,8 +108,7 @@ class TrainSpec(_message.Message):
     train: str
     upload: str
     fidelity: bool
-    stitch: StitchSpec
-    def __init__(self, steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., seed: _Optional[int] = ..., dropout: _Optional[float] = ..., gradient: _Optional[str] = ..., estimator: _Optional[str] = ..., start: _Optional[str] = ..., train: _Optional[str] = ..., upload: _Optional[str] = ..., fidelity: _Optional[bool] = ..., stitch: _Optional[_Union[StitchSpec, _Mapping]] = ...) -> None: ...
+    def __init__(self, steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., seed: _Optional[int] = ..., dropout: _Optional[float] = ..., gradient: _Optional[str] = ..., estimator: _Optional[str] = ..., start: _Optional[str] = ..., train: _Optional[str] = ..., upload: _Optional[str] = ..., fidelity: _Optional[bool] = ...) -> None: ...
 
 class RunSpec(_message.Message):
     __slots__ = ("run", "model", "fingerprint", "method", "part", "train", "probe", "broadcast_rank", "rounds", "step_seconds", "update_bytes")

@@ -135,16 +135,6 @@ def probe_spec_from_pb(m: types_pb2.ProbeSpec) -> t.ProbeSpec:
     )
 
 
-def stitch_spec_to_pb(spec: t.StitchSpec) -> types_pb2.StitchSpec:
-    """StitchSpec -> message."""
-    return types_pb2.StitchSpec(kind=spec.kind, rank=spec.rank, tokens=spec.tokens)
-
-
-def stitch_spec_from_pb(m: types_pb2.StitchSpec) -> t.StitchSpec:
-    """Message -> StitchSpec."""
-    return t.StitchSpec(_enum(t.Stitch, m.kind, "train.stitch.kind"), m.rank, m.tokens)
-
-
 def train_spec_to_pb(spec: t.TrainSpec) -> types_pb2.TrainSpec:
     """TrainSpec -> message."""
     return types_pb2.TrainSpec(
@@ -152,7 +142,6 @@ def train_spec_to_pb(spec: t.TrainSpec) -> types_pb2.TrainSpec:
         learning_rate=spec.learning_rate, rank=spec.rank, alpha=spec.alpha, targets=spec.targets,
         seed=spec.seed, dropout=spec.dropout, gradient=spec.gradient, estimator=spec.estimator,
         start=spec.start, train=spec.train, upload=spec.upload, fidelity=spec.fidelity,
-        stitch=stitch_spec_to_pb(spec.stitch),
     )  # fmt: skip
 
 
@@ -174,7 +163,6 @@ def train_spec_from_pb(m: types_pb2.TrainSpec) -> t.TrainSpec:
         train=_enum(t.Factors, m.train, "train.train"),
         upload=_enum(t.Factors, m.upload, "train.upload"),
         fidelity=m.fidelity,
-        stitch=stitch_spec_from_pb(m.stitch),
     )
 
 
@@ -235,7 +223,7 @@ def plan_report_from_pb(m: session_pb2.PlanReport) -> t.PlanReport:
                 c.checkpointing,
                 c.peak_bytes,
                 _finite(c.step_seconds, "plan.step_seconds"),
-            )  # fmt: skip
+            )
             for c in m.capacities
         ),
         unit_bytes=tuple(m.unit_bytes),

@@ -11,7 +11,7 @@ from common import config as configuration
 from common.checkpoint import dump_manifest, load_manifest
 from common.config import parse
 from common.errors import ConfigError, ModelError
-from common.types import Gradient, ModelManifest, ModuleShape, Part, Stitch, StitchSpec
+from common.types import Gradient, ModelManifest, ModuleShape, Part
 from fp_server.config import RunConfig, ServerConfig
 
 GOOD = '[run]\nname = "r"\nrounds = 3\n[model]\nname = "m"\nmanifest = "m.json"\n'
@@ -43,9 +43,6 @@ BAD = [
     ),
     ("[train]\nstep_seconds = -1.0\n", "train.step_seconds"),
     ("[train]\nfidelity = 1\n", "train.fidelity: Input should be a valid boolean"),
-    ("[stitch]\nkind = 'spline'\n", "stitch.kind: Input should be 'shift', 'low-rank' or 'affine' (got 'spline')"),
-    ("[stitch]\nrank = 0\n", "stitch.rank"),
-    ("[stitch]\ntokens = 1\n", "stitch.tokens"),
     ("[limits]\nupdate_bytes = -1\n", "limits.update_bytes"),
     ("[pruning]\nunits = 'ffn'\n", "pruning.units: Input should be 'layer' or 'component' (got 'ffn')"),
     ("[pruning]\neigenvectors = 'k+1'\n", "pruning.eigenvectors: Input should be 'k' or 'k-1'"),
@@ -108,14 +105,14 @@ def test_the_learning_rate_is_a_cosine_over_the_rounds():
 
 def test_what_the_run_file_says_of_the_gradient_reaches_the_devices():
     run = config(
-        "[train]\ngradient = 'auto'\nstep_seconds = 2.5\nfidelity = true\n[stitch]\nkind = 'low-rank'\nrank = 8\ntokens = 256\n"
+        "[train]\ngradient = 'auto'\nstep_seconds = 2.5\nfidelity = true\n"
         "[limits]\nupdate_bytes = 1000000\n[pruning]\nunits = 'component'\n"
     ).run_spec(MANIFEST)
     assert (run.train.gradient, run.step_seconds, run.update_bytes, run.train.fidelity) == (Gradient.AUTO, 2.5, 10**6, True)
-    assert run.train.stitch == StitchSpec(Stitch.LOW_RANK, 8, 256) and run.part is run.probe.part is not Part.LAYER
+    assert run.part is run.probe.part is not Part.LAYER
     plain = config().run_spec(MANIFEST)
     assert (plain.train.gradient, plain.step_seconds, plain.update_bytes) == (Gradient.SUBMODEL, 0.0, 0)
-    assert (plain.train.fidelity, plain.train.stitch, plain.part) == (False, StitchSpec(), Part.LAYER)
+    assert (plain.train.fidelity, plain.part) == (False, Part.LAYER)
 
 
 def test_an_update_limit_counts_whole_layers_and_must_hold_one():
