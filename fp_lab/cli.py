@@ -77,12 +77,15 @@ def _progress(status: Status, phase: str, done: int, total: int) -> None:
 
 
 def _told(place: JobPlace, first: Line, line: Line) -> None:
-    devices = line.get("devices", {}).values()
-    seconds = sum(one.get("probe_seconds", 0.0) + one.get("train_seconds", 0.0) for one in devices)
-    seconds += sum(value or 0.0 for value in line["seconds"].values())
+    seconds = _seconds(line)
     loss = f"loss {line['loss']:.4f}" if line["loss"] is not None else "not evaluated"
     gain = f" ({first['loss'] - line['loss']:+.4f})" if line["loss"] is not None and line["round"] else ""
     err.print(f"{place.label}: round {line['round']}/{place.rounds}: {loss}{gain}, {seconds:.0f} s", highlight=False)
+
+
+def _seconds(line: Line) -> float:
+    """Of a round, evaluation included."""
+    return float(sum(value or 0.0 for value in line["seconds"].values()))
 
 
 @app.command(epilog="Example: `fp-lab status gradients`")
@@ -108,10 +111,7 @@ def _each(lines: list[Line]) -> str:
     """Seconds of a round on average, evaluation included."""
     if not lines:
         return ""
-    total = 0.0
-    for line in lines:
-        total += sum(value or 0.0 for value in line["seconds"].values())
-        total += sum(one.get("probe_seconds", 0.0) + one.get("train_seconds", 0.0) for one in line.get("devices", {}).values())
+    total = sum(map(_seconds, lines))
     return f"{total / len(lines):.0f}"
 
 

@@ -98,7 +98,7 @@ class Job:
         self.store.clear_scratch()
         self.results = Results(directory / "results.jsonl")
         self.devices = JobDevices(fleet, row, self.store, directory / "cache", progress or (lambda *_: None))
-        self._aggregated: tuple[int, float] | None = None
+        self._spent = {"devices": 0.0, "aggregate": 0.0}
         self._traffic = Traffic()
         self._runner = asyncio.Runner()
         self._database = Database(directory / "log.sqlite")
@@ -169,8 +169,8 @@ class Job:
         evaluation = None
         if committed % self.experiment.evaluate_every == 0 or committed == wanted:
             evaluation = self.devices.evaluate(self.machine.objects())
-        seconds = self._aggregated[1] if self._aggregated and self._aggregated[0] == committed - 1 else None
-        line = line_of(self.machine, committed, evaluation, seconds)
+        line = line_of(self.machine, committed, evaluation, self._spent)
+        self._spent = dict.fromkeys(self._spent, 0.0)
         self.results.append(line)
         return line
 
@@ -184,14 +184,21 @@ class Job:
         if machine.paused is not None or current is None:
             self._stuck()
         elif current.closed is not None:
-            begin = time.monotonic()
-            event = aggregate_round(machine, self.store, current.opened.key, self._traffic.bytes_down)
-            self._aggregated = (current.opened.key.round, time.monotonic() - begin)
-            self._post(event)
+            with self._timed("aggregate"):
+                commit = aggregate_round(machine, self.store, current.opened.key, self._traffic.bytes_down)
+            self._post(commit)
         else:
             device = next(device for device in sorted(current.members) if not current.members[device].settled)
             choosing = current.members[device].stage is Stage.CHOOSING
-            self._post(self._turn(device, None if choosing else machine.task(device)))
+            with self._timed("devices"):
+                event = self._turn(device, None if choosing else machine.task(device))
+            self._post(event)
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self._spent[what] += time.monotonic() - begin
 
     def _stuck(self) -> None:
         """Raises ConfigError saying why nothing can be done."""

@@ -129,22 +129,24 @@ def _span(values: Sequence[float]) -> str:
 
 def _costs(results: Sequence[RowResults]) -> str:
     heads = [
-        "row", "rounds", "units", "probe s", "train s", "step s", "aggregate s", "up a round", "down a round", "predicted peak",
-        "train peak", "probe peak", "fidelity",
+        "row", "rounds", "units", "devices s", "aggregate s", "probe s", "train s", "step s", "up a round", "down a round",
+        "predicted peak", "train peak", "probe peak", "fidelity",
     ]  # fmt: skip
     body = []
     for row in results:
         devices, lines = row.devices(), row.lines()
+        seconds = [line["seconds"] for line in lines]
         body.append([
-            row.row.name, str(len(lines)), _mean(map(_units, devices), "{:.0f}"), _mean(_values(devices, "probe_seconds")),
+            row.row.name, str(len(lines)), _mean(map(_units, devices), "{:.0f}"), _mean(_values(seconds, "devices")),
+            _mean(_values(seconds, "aggregate")), _mean(_values(devices, "probe_seconds")),
             _mean(_values(devices, "train_seconds")), _mean(_values(devices, "step_seconds"), "{:.2f}"),
-            _mean(line["seconds"]["aggregate"] for line in lines), _mean(_values(lines, "bytes_up"), human),
-            _mean(_values(lines, "bytes_down"), human), _most(devices, "predicted_peak"), _most(devices, "train_peak"),
-            _most(devices, "probe_peak"), _mean(_values(devices, "fidelity"), "{:.3f}"),
+            _mean(_values(lines, "bytes_up"), human), _mean(_values(lines, "bytes_down"), human),
+            _most(devices, "predicted_peak"), _most(devices, "train_peak"), _most(devices, "probe_peak"),
+            _mean(_values(devices, "fidelity"), "{:.3f}"),
         ])  # fmt: skip
-    return (
-        _table(heads, body)
-        + "\n\nSeconds and fidelity are means over devices and rounds, peaks the largest seen, above the warmed process."
+    return _table(heads, body) + (
+        "\n\nDevices and aggregate: seconds of a round, one device after another. Probe, train, step and fidelity: means over "
+        "devices and rounds. Peaks: the largest seen, above the warmed process."
     )
 
 
@@ -192,6 +194,7 @@ def draw(results: Sequence[RowResults], path: Path) -> None:
         for place, lines in row.jobs if len(row.jobs) > 1 else ():
             seen = [(one["round"], one["loss"]) for one in lines if one["loss"] is not None]
             axes.plot(*zip(*seen, strict=True), color=line.get_color(), alpha=0.3, linewidth=0.8, label=f"_{place.label}")
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("round")
     axes.set_ylabel("full-model loss on held-out responses")
     axes.grid(alpha=0.3)

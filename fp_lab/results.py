@@ -1,7 +1,7 @@
 """What a job has found: one JSON object a line and a round, appended and synced as it comes.
 
 Line r is the state after round r (r = 0: before the first). `loss` is the full model's mean token loss on the held-out
-rows, null where it was not evaluated.
+rows, null where it was not evaluated. `seconds` are this process's: of a round that was interrupted, what came after.
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ class Results:
         self.lines.append(line)
 
 
-def line_of(machine: RunMachine, committed: int, evaluation: Evaluation | None, aggregate_seconds: float | None) -> Line:
-    """The line of the state after `committed` rounds, which must be the machine's state."""
+def line_of(machine: RunMachine, committed: int, evaluation: Evaluation | None, spent: dict[str, float]) -> Line:
+    """The line of the state after `committed` rounds, which must be the machine's state. `spent`: seconds of the round's
+    other parts."""
     line: Line = {
         "round": committed,
         "loss": evaluation.loss if evaluation else None,
         "tokens": evaluation.tokens if evaluation else None,
-        "seconds": {"evaluate": evaluation.seconds if evaluation else None, "aggregate": aggregate_seconds},
+        "seconds": {**spent, "evaluate": evaluation.seconds if evaluation else 0.0},
         "ledger": _digest(machine),
     }
     for a_round, commit in machine.history[::-1]:

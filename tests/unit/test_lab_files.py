@@ -141,7 +141,12 @@ def write_results(experiment: Experiment, directory: Path, losses: dict[str, lis
         with (place.directory / "results.jsonl").open("w") as file:
             for number, loss in enumerate(found):
                 one = {"units": ["1", "2"], "probe_seconds": 1.5, "train_seconds": 2.0, "train_peak": 3 << 20, "fidelity": 0.25}
-                line = {"round": number, "loss": loss, "seconds": {"aggregate": None, "evaluate": 1.0}, "bytes_up": 2048}
+                line = {
+                    "round": number,
+                    "loss": loss,
+                    "seconds": {"devices": 4.5, "aggregate": 0.25, "evaluate": 1.0},
+                    "bytes_up": 2048,
+                }
                 file.write(json.dumps({**line, "devices": {"d00": one}} if number else line) + "\n")
 
 
@@ -156,7 +161,7 @@ def test_report_and_status(tmp_path: Path) -> None:
     # b has one seed at round 2; a's share is over that seed alone: 0.2 of 0.5.
     assert "| a | 2.000 (1.900, 2.100) | 1.850 (1.800, 1.900) | +0.250 | 40% |" in page
     assert "| b | 1.900 (1.800, 2.000) | 1.500 | +0.500 | 100% |" in page
-    assert "2.000 to 2.200" in page and "| 3 MiB |" in page and "| 0.250 |" in page
+    assert "2.000 to 2.200" in page and "| 3 MiB |" in page and "| 2 | 4.8 | 1.5 |" in page and "| 0.250 |" in page
     with pytest.raises(ConfigError, match="row 'c' has no results"):
         markdown(experiment, results, [1, 2], "c")
     draw(results, tmp_path / "plot.png")
