@@ -161,7 +161,7 @@ def test_report_and_status(tmp_path: Path) -> None:
     # b has one seed at round 2; a's share is over that seed alone: 0.2 of 0.5.
     assert "| a | 2.000 (1.900, 2.100) | 1.850 (1.800, 1.900) | +0.250 | 40% |" in page
     assert "| b | 1.900 (1.800, 2.000) | 1.500 | +0.500 | 100% |" in page
-    assert "2.000 to 2.200" in page and "| 3 MiB |" in page and "| 2 | 4.8 | 1.5 |" in page and "| 0.250 |" in page
+    assert "2.000 to 2.200" in page and "| 3 MiB |" in page and "| 2 | 4.5 | 0.2 | 1.5 |" in page and "| 0.250 |" in page
     with pytest.raises(ConfigError, match="row 'c' has no results"):
         markdown(experiment, results, [1, 2], "c")
     draw(results, tmp_path / "plot.png")
