@@ -14,117 +14,23 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from planner_cases import CASES, NF4, SEVEN, Case
 from random_weights import generate
 
 from common.codec import from_json, to_json
-from common.types import ProbeSpec, Quantization, Start, TrainSpec
-from fp_client.memory import MIB, Estimate, Setting
-from fp_client.planner import Plan, plan
+from common.types import Gradient
+from fp_client.memory import MIB, Estimate
 from fp_client.pool import worker_environment
 from fp_client.shapes import CONFIGS, shape_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ALL = (
-    "mlp.down_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "self_attn.k_proj",
-    "self_attn.o_proj",
-    "self_attn.q_proj",
-    "self_attn.v_proj",
-)
-ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
 REAL_LAYERS = {"tinyllama-1.1b": 16, "llama2-7b": 14}
-"""Layers that get real bytes; the training units are drawn from them."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One setting. `budget` in MiB."""
-
-    shape: str
-    budget: int
-    batch: int
-    window: int
-    quantization: Quantization = Quantization.NONE
-    dtype: str = "float32"
-    rank: int = 16
-    targets: tuple[str, ...] = ALL
-    broadcast_rank: int = 0
-    start: Start = Start.FRESH
-    threads: int = 1
-    heldout: int = 8
-    probe: bool = True
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        extra = "".join(
-            f" {text}"
-            for text, shown in (
-                (f"r{self.rank}", self.rank != 16), ("attention", self.targets == ATTENTION), ("bf16", self.dtype != "float32"),
-                (f"ledger {self.broadcast_rank} {self.start}", self.broadcast_rank),
-                (f"{self.threads} threads", self.threads > 1),
-            )
-            if shown
-        )  # fmt: skip
-        return f"{self.shape} {self.quantization} {self.budget} MiB {self.batch}×{self.window}{extra}"
-
-    @property
-    def train_spec(self) -> TrainSpec:
-        """Two steps: the optimizer's state is there in the second."""
-        return TrainSpec(2, self.batch, self.window, 1e-4, self.rank, 2.0 * self.rank, self.targets, 0, start=self.start)
-
-    @property
-    def probe_spec(self) -> ProbeSpec:
-        """One batch of the same size."""
-        return ProbeSpec(batch_size=self.batch, sequence_length=self.window)
-
-    @property
-    def setting(self) -> Setting:
-        """Random weights are stored as bf16."""
-        return Setting(self.quantization, 2 if self.dtype == "bfloat16" else 4, 2, self.threads)
-
-    def plan(self) -> Plan:
-        """From the config alone."""
-        return plan(
-            CONFIGS[self.shape],
-            self.setting,
-            self.train_spec,
-            self.probe_spec,
-            self.broadcast_rank,
-            self.budget * MIB,
-            self.heldout,
-        )
-
-
-NF4 = Quantization.NF4
-CASES = (
-    Case("smollm2-135m", 300, 4, 128),
-    Case("smollm2-135m", 500, 4, 128),
-    Case("smollm2-135m", 260, 1, 512),
-    Case("smollm2-135m", 700, 8, 256),
-    Case("smollm2-135m", 300, 4, 128, broadcast_rank=48),
-    Case("smollm2-135m", 400, 4, 128, broadcast_rank=32, start=Start.GLOBAL),
-    Case("smollm2-135m", 300, 2, 256, rank=64, targets=ATTENTION),
-    Case("smollm2-135m", 500, 4, 256, threads=2),
-    Case("smollm2-135m", 250, 4, 128, NF4),
-    Case("smollm2-135m", 400, 2, 512, NF4),
-    Case("smollm2-135m", 300, 4, 128, dtype="bfloat16"),
-    Case("tinyllama-1.1b", 900, 1, 512, heldout=2),
-    Case("tinyllama-1.1b", 1600, 4, 128, heldout=2),
-    Case("tinyllama-1.1b", 600, 1, 512, NF4, heldout=2),
-    Case("tinyllama-1.1b", 800, 4, 256, NF4, heldout=2),
-    Case("tinyllama-1.1b", 800, 1, 1024, NF4, heldout=2),
-    Case("tinyllama-1.1b", 500, 1, 512, NF4, "bfloat16", heldout=2),
-    Case("tinyllama-1.1b", 900, 2, 256, dtype="bfloat16", heldout=2),
-)
-SEVEN = (Case("llama2-7b", 2861, 1, 512, NF4, probe=False), Case("llama2-7b", 2861, 1, 512, NF4, "bfloat16", probe=False))
+"""Layers that get real bytes; the other shards are holes."""
 
 
 def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
@@ -133,13 +39,13 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
     import torch
 
     from common.checkpoint import Checkpoint
-    from common.types import LoraBlock, UnitId
+    from common.types import LoraBlock
     from fp_client import measure
     from fp_client.loader import UnitLoader
     from fp_client.probe import probe
-    from fp_client.submodel import load_submodel
     from fp_client.tasks import collecting
     from fp_client.train import train
+    from fp_client.trainers import open_trainer
     from fp_client.warmup import warm_up
 
     torch.set_num_threads(case.threads)
@@ -160,9 +66,20 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
             for name in case.targets if r
         ]  # fmt: skip
 
-    class Adapter(dict[int, list[LoraBlock]]):
-        def get(self, layer: int, default: Any = None) -> Any:
+    class Adapter(Mapping[int, list[LoraBlock]]):
+        """Made when asked for, as a worker reads them from files."""
+
+        def __getitem__(self, layer: int) -> list[LoraBlock]:
             return blocks(layer)
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(shape.layers))
+
+        def __len__(self) -> int:
+            return shape.layers
+
+    mode = planned.modes[0]
+    task = case.task(mode)
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, shape.vocab, (case.batch, case.window), generator=generator)
@@ -171,10 +88,10 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
     with measure.Peak("cpu", baseline) as peak:
         loader = UnitLoader(checkpoint, "cpu", dtype, case.quantization, directory / "nf4", case.shape.ljust(64, "0"))
         if kind == "train":
-            units = [UnitId(i) for i in range(planned.units)]
-            ledger = (block for unit in units for block in blocks(unit.layer))
-            submodel = load_submodel(loader, units, case.train_spec, ledger, planned.checkpointing)
-            train(submodel, [batch, batch], case.train_spec, planned.micro_batch)
+            units, scratch = case.assigned(mode), directory / "spill"
+            batches = [batch] + [{name: rows.clone() for name, rows in batch.items()} for _ in range(case.steps - 1)]
+            with open_trainer(loader, units, case.train_spec, Adapter(), task.stream, scratch, task.checkpointing) as trainer:
+                train(trainer, batches, case.train_spec, mode.micro_batch)
         else:
             rows = planned.probe_rows
             held = [{name: tensor[:1] for name, tensor in batch.items()}] * case.heldout
@@ -182,14 +99,29 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
                 loader, batch, held, case.probe_spec, Adapter(), micro_rows=rows.micro_rows, pass_rows=rows.pass_rows,
                 progress=collecting(lambda *_: None),
             )  # fmt: skip
-    predicted = planned.train if kind == "train" else planned.probe
+    predicted = task.estimate if kind == "train" else planned.probe
     return {
-        "kind": kind, "case": to_json(case), "name": case.name, "units": planned.units,
-        "micro_batch": planned.micro_batch, "checkpointing": planned.checkpointing,
-        "rows": [planned.probe_rows.micro_rows, planned.probe_rows.pass_rows],
+        "kind": kind, "case": to_json(case), "name": case.name, "choice": choice(case, kind),
         "moment": predicted.moment, "predicted": predicted.peak, "measured": peak.host, "warmed": baseline,
         "breakdown": dict(predicted.rows),
     }  # fmt: skip
+
+
+def choice(case: Case, kind: str) -> str:
+    """What the planner chose."""
+    planned = case.plan()
+    mode = planned.modes[0]
+    if kind == "probe":
+        return f"probe, {planned.probe_rows.micro_rows} of {planned.probe_rows.pass_rows} rows"
+    task, units = case.task(mode), len(case.assigned(mode))
+    text = f"{units:2} units, {'checkpointed' if task.checkpointing else 'kept'}, micro {mode.micro_batch}"
+    if case.gradient is Gradient.SUBMODEL:
+        return text
+    stream = task.stream
+    shelves = [size if size < 0 else size // MIB for size in (stream.boundary_bytes, stream.prefix_bytes)]
+    return f"{units:2}u m{mode.micro_batch} r{stream.resident} a{stream.ahead:d} h{stream.head:d} b{shelves[0]} p{shelves[1]}" + (
+        "" if task.checkpointing else " kept"
+    )
 
 
 def in_fresh_process(case: Case, directory: Path, kind: str) -> dict[str, Any]:
@@ -207,15 +139,10 @@ def refreshed(result: dict[str, Any] | None, case: Case) -> dict[str, Any] | Non
     """An earlier measurement with today's prediction, or None when the planner would now choose otherwise."""
     if result is None or result["case"] != to_json(case):
         return None
-    planned = case.plan()
-    choice = [planned.units, planned.micro_batch, planned.checkpointing]
-    if result["kind"] == "probe":
-        choice = [planned.probe_rows.micro_rows, planned.probe_rows.pass_rows]
-    if choice != (
-        result["rows"] if result["kind"] == "probe" else [result[k] for k in ("units", "micro_batch", "checkpointing")]
-    ):
+    if result["choice"] != choice(case, result["kind"]):
         return None
-    predicted = planned.train if result["kind"] == "train" else planned.probe
+    planned = case.plan()
+    predicted = planned.probe if result["kind"] == "probe" else case.task(planned.modes[0]).estimate
     return {**result, "predicted": predicted.peak, "moment": predicted.moment, "breakdown": dict(predicted.rows)}
 
 
@@ -227,12 +154,9 @@ def holds(predicted: int, measured: int) -> bool:
 def show(result: dict[str, Any]) -> str:
     """One line of the table."""
     predicted, measured = result["predicted"], result["measured"]
-    what = f"{result['units']:2} units, {'checkpointed' if result['checkpointing'] else 'kept'}, micro {result['micro_batch']}"
-    if result["kind"] == "probe":
-        what = f"probe, {result['rows'][0]} of {result['rows'][1]} rows"
     verdict = "ok" if holds(predicted, measured) else "BROKEN"
     return (
-        f"{result['name']:52} {what:32} {result['moment']:26} {predicted / MIB:8.1f} {measured / MIB:8.1f} "
+        f"{result['name']:66} {result['choice']:32} {result['moment']:26} {predicted / MIB:8.1f} {measured / MIB:8.1f} "
         f"{(predicted - measured) / MIB:+7.1f} {predicted / measured:6.3f}  {verdict}"
     )
 
@@ -249,9 +173,10 @@ def seven_rows() -> None:
     for shape in ("llama2-7b", "llama2-13b"):
         case = Case(shape, 2861, 1, 512, NF4)
         planned = case.plan()
-        print(f"{shape}, NF4, 3 GB, 1×512: {planned.units} of {shape_of(CONFIGS[shape]).layers} layers; "
+        mode = planned.modes[0]
+        print(f"{shape}, NF4, 3 GB, 1×512: {mode.units} of {shape_of(CONFIGS[shape]).layers} layers; "
               f"smallest budget {planned.smallest_budget / MIB:.0f} MiB")  # fmt: skip
-        print("   " + table(f"training ({planned.train.moment})", planned.train))
+        print("   " + table(f"training ({mode.train.moment})", mode.train))
         print("   " + table(planned.probe.moment, planned.probe))
 
 
@@ -274,7 +199,7 @@ def main() -> int:
     lines = given.results.read_text().splitlines() if given.results.exists() else []
     known = {(r["name"], r["kind"]): r for r in map(json.loads, lines)}
     broken = 0
-    print(f"{'setting':52} {'plan':32} {'worst moment':26} {'predicted':>8} {'measured':>8} {'over':>7} {'ratio':>6}   (MiB)")
+    print(f"{'setting':66} {'plan':32} {'worst moment':26} {'predicted':>8} {'measured':>8} {'over':>7} {'ratio':>6}   (MiB)")
     seven_rows()
     cases = [case for case in (*CASES, *(SEVEN if given.seven else ())) if given.only in case.name]
     for kind in ("train", "probe"):

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import BudgetError, ConfigError
-from common.types import ProbeSpec, Quantization, Start, TrainSpec
+from common.types import Gradient, Part, ProbeSpec, Quantization, RunSpec, Start, TrainSpec, model_units
 from fp_client.commands import HERE, Directory, Json, err, out
 from fp_client.config import FILE, ClientConfig, human, load_config, parse_bytes
+from fp_client.pace import Pace
+from fp_client.planner import ModePlan
 
 IDLE_MARGIN = 1.1
 """A container's limit: budget plus what daemon and worker hold idle, plus a tenth."""
+
+
+class Units(StrEnum):
+    """What FDLO groups."""
+
+    LAYER = "layer"
+    COMPONENT = "component"
 
 
 @dataclass(frozen=True)
@@ -54,20 +64,35 @@ def candidates(
     return found + [Candidate(name, CONFIGS[name], quantization or Quantization.NF4, 2) for name in common]
 
 
-async def measure_idle(config: ClientConfig, directory: Path, model: str) -> tuple[int, int]:
-    """(daemon, worker): bytes of main memory held idle, measured: this process with the daemon's imports, and a warmed worker."""
+@dataclass(frozen=True)
+class Measured:
+    """This device, measured: bytes of main memory held idle by this process with the daemon's imports and by a warmed
+    worker, and the pace of a model where its steps could be timed."""
+
+    daemon: int
+    worker: int
+    pace: Pace | None
+
+
+async def measure_device(config: ClientConfig, directory: Path, spec: RunSpec) -> Measured:
+    """Start a worker and measure; takes seconds."""
     import grpc.aio
 
     import fp_client.app  # noqa: F401  # the daemon's footprint: its imports, and gRPC's threads below
-    from fp_client.commands_probe import local_spec
     from fp_client.measure import resident
     from fp_client.work import LocalWork
 
     work, channel = LocalWork(config, directory), grpc.aio.insecure_channel("localhost:1")
     try:
         channel.get_state(try_to_connect=True)
-        ready = await (await work.worker(local_spec(model, ProbeSpec()))).start()
-        return resident(), ready.warmed_bytes
+        spec = replace(spec, fingerprint=await work.fingerprint(spec, lambda *_: None))
+        ready = await (await work.worker(spec)).start()
+        held = resident()
+        try:
+            pace = await work.pace(spec)
+        except BudgetError:  # shown in the table
+            pace = None
+        return Measured(held, ready.warmed_bytes, pace)
     finally:
         await work.close()
         await channel.close()
@@ -86,12 +111,16 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 4,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 512,
     start: Annotated[Start, typer.Option(help="Where a round's LoRA starts.")] = Start.FRESH,
+    gradient: Annotated[Gradient, typer.Option(help="Only this gradient mode; auto shows all.")] = Gradient.AUTO,
+    units: Annotated[
+        Units, typer.Option(help="What a unit is: a layer, or a component (attention or feed-forward).")
+    ] = Units.LAYER,
     measure: Annotated[
-        bool, typer.Option(help="Measure the idle daemon and worker for the container limit (takes seconds).")
+        bool, typer.Option(help="Measure this device: idle memory for the container limit, and step times (takes seconds).")
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show how many units fit the budget, and where the bytes go. Exits with 5 when nothing fits."""
+    """Show how many units fit the budget in each gradient mode, and where the bytes go. Exits with 5 when nothing fits."""
     from fp_client import planner
     from fp_client.memory import Setting
     from fp_client.shapes import shape_of
@@ -103,77 +132,118 @@ def plan(
         limit = parse_bytes(budget) if budget else budget_of(config, device)
     except ValueError as error:
         raise ConfigError(f"--budget: {error}") from None
-    spec = TrainSpec(1, batch, sequence, 1e-4, rank, 2.0 * rank, (), 0, start=start)
-    probe = ProbeSpec(batch_size=batch, sequence_length=sequence)
+    part = Part.LAYER if units is Units.LAYER else Part.FFN
+    train = TrainSpec(10, batch, sequence, 1e-4, rank, 2.0 * rank, (), 0, gradient=gradient, start=start)
+    probe = ProbeSpec(part=part, batch_size=batch, sequence_length=sequence)
     held = config.data.max_held_out if config.data else 64
+    asked = candidates(config, directory, model, shape or [], quantization)
+    specs = [
+        RunSpec(
+            "local", one.name, "", "", part,
+            replace(train, targets=tuple(module.name for module in shape_of(one.config).modules)), probe, broadcast_rank, 1,
+        )
+        for one in asked
+    ]  # fmt: skip
+    known = next((spec for spec in specs if spec.model in config.models), None) if measure and config.data else None
+    measured = asyncio.run(_measured(config, directory, known, as_json)) if known else None
     rows: list[dict[str, Any]] = []
-    for one in candidates(config, directory, model, shape or [], quantization):
+    for one, spec in zip(asked, specs, strict=True):
         setting = Setting(one.quantization, 2 if config.dtype == "bfloat16" else 4, one.stored, config.threads)
-        layers = shape_of(one.config).layers
-        row: dict[str, Any] = {"model": one.name, "quantization": one.quantization.value, "layers": layers, "budget": limit}
-        targets = tuple(module.name for module in shape_of(one.config).modules)
+        size = shape_of(one.config).layers * len(model_units(part, 1))
+        row: dict[str, Any] = {"model": one.name, "quantization": one.quantization.value, "of": size, "budget": limit}
+        pace = measured.pace if measured and spec is known and quantization is None else None
         try:
-            made = planner.plan(one.config, setting, replace(spec, targets=targets), probe, broadcast_rank, limit, held)
+            made = planner.plan(one.config, setting, spec.train, probe, broadcast_rank, limit, held, part, planner.Limits(), pace)
         except BudgetError as error:
-            row |= {"units": 0, "smallest_budget": error.smallest, "refusal": str(error)}
+            row |= {"smallest_budget": error.smallest, "refusal": str(error), "modes": []}
         else:
             row |= {
-                "units": made.units, "micro_batch": made.micro_batch, "checkpointing": made.checkpointing,
-                "peak": made.peak_bytes, "smallest_budget": made.smallest_budget,
-                "unit_bytes": made.unit_bytes[0],
-                "train": {"moment": made.train.moment, "peak": made.train.peak, "rows": dict(made.train.rows)},
+                "smallest_budget": made.smallest_budget,
+                "smallest_budgets": {mode.value: size for mode, size in made.smallest},
+                "unit_bytes": made.unit_bytes[: len(model_units(part, 1))],
+                "modes": [_mode(mode) for mode in made.modes],
                 "probe": {"moment": made.probe.moment, "peak": made.probe.peak, "rows": dict(made.probe.rows)},
-            }  # fmt: skip
+            }
         rows.append(row)
-    measured = (model or next(iter(sorted(config.models)), "")) if measure and config.data else ""
-    idle = asyncio.run(_measured(config, directory, measured, as_json)) if measured else None
-    container = int((limit + sum(idle)) * IDLE_MARGIN) if idle and limit and device == "cpu" else None
+    container = int((limit + measured.daemon + measured.worker) * IDLE_MARGIN) if measured and limit and device == "cpu" else None
     if as_json:
-        names = {"daemon": idle[0], "worker": idle[1]} if idle else None
+        idle = {"daemon": measured.daemon, "worker": measured.worker} if measured else None
         typer.echo(
-            json.dumps({"device": device, "budget": limit, "idle": names, "container_limit": container, "models": rows}, indent=1)
+            json.dumps({"device": device, "budget": limit, "idle": idle, "container_limit": container, "models": rows}, indent=1)
         )
     else:
         _show(rows, limit, device)
-        if idle:
-            held_idle = f"idle daemon {human(idle[0])}, idle worker {human(idle[1])}"
+        if measured:
+            held_idle = f"idle daemon {human(measured.daemon)}, idle worker {human(measured.worker)}"
             total = f": give the container {human(container)} (budget + idle + 10 %)" if container else ""
             out.print(f"measured: {held_idle}{total}")
         elif measure:
             out.print("container limit: budget + idle daemon and worker + 10 %; measured once a model and [data] are configured")
-    if rows and not any(row["units"] for row in rows):
+    if rows and not any(row["modes"] for row in rows):
         raise BudgetError(str(rows[0]["refusal"]), int(rows[0]["smallest_budget"]))
 
 
-async def _measured(config: ClientConfig, directory: Path, model: str, quiet: bool) -> tuple[int, int]:
+def _mode(mode: ModePlan) -> dict[str, Any]:
+    stream = mode.stream
+    return {
+        "gradient": mode.gradient.value, "units": mode.units, "micro_batch": mode.micro_batch,
+        "checkpointing": mode.checkpointing,
+        "peak": mode.peak_bytes, "step_seconds": mode.step_seconds or None, "prepare_seconds": mode.prepare_seconds or None,
+        "train": {"moment": mode.train.moment, "peak": mode.train.peak, "rows": dict(mode.train.rows)},
+        "stream": None if mode.gradient is Gradient.SUBMODEL else {
+            "resident_layers": stream.resident, "read_ahead": stream.ahead, "head_resident": stream.head,
+            "boundary_bytes": stream.boundary_bytes, "prefix_bytes": stream.prefix_bytes,
+        },
+    }  # fmt: skip
+
+
+async def _measured(config: ClientConfig, directory: Path, spec: RunSpec, quiet: bool) -> Measured:
     if quiet:
-        return await measure_idle(config, directory, model)
-    with err.status("starting a worker to measure it idle"):
-        return await measure_idle(config, directory, model)
+        return await measure_device(config, directory, spec)
+    with err.status("starting a worker to measure this device"):
+        return await measure_device(config, directory, spec)
+
+
+def _memory(mode: dict[str, Any]) -> str:
+    """What of the stream stays in memory, in few words."""
+    stream = mode["stream"]
+    if stream is None:
+        return "checkpointed" if mode["checkpointing"] else ""
+    spilled = "" if stream["boundary_bytes"] < 0 else "spills"
+    if mode["gradient"] == Gradient.STITCHED.value:
+        return ", ".join(text for text in ("checkpointed" if mode["checkpointing"] else "", spilled) if text)
+    head = "" if stream["head_resident"] else "head in blocks"
+    stay = f"{stream['resident_layers']} stay" if stream["resident_layers"] else ""
+    return ", ".join(text for text in (stay, "ahead" if stream["read_ahead"] else "", head, spilled) if text)
 
 
 def _show(rows: list[dict[str, Any]], limit: int, device: str) -> None:
     table = Table(title=f"budget {human(limit) if limit else 'unbounded'} ({'VRAM' if device == 'cuda' else 'main memory'})")
-    for name in ("model", "weights", "units", "micro", "ckpt", "peak", "+1 unit", "smallest"):
-        table.add_column(name, justify="left" if name in ("model", "weights") else "right", no_wrap=True)
+    for name in ("model", "gradient", "units", "micro", "peak", "a step", "in memory"):
+        table.add_column(
+            name, justify="left" if name in ("model", "gradient", "in memory") else "right", no_wrap=name != "in memory"
+        )
     for row in rows:
-        fits: list[str | Text] = [Text(f"0 of {row['layers']}", "red"), "", "", "", ""]
-        if row["units"]:
-            keeps = "yes" if row["checkpointing"] else "no"
-            fits = [
-                f"{row['units']} of {row['layers']}",
-                str(row["micro_batch"]),
-                keeps,
-                human(row["peak"]),
-                human(row["unit_bytes"]),
-            ]
-        table.add_row(row["model"], row["quantization"], *fits, human(row["smallest_budget"]))
+        name = f"{row['model']} {row['quantization']}".removesuffix(" none")
+        if not row["modes"]:
+            table.add_row(name, "", Text(f"0 of {row['of']}", "red"), "", "", "", f"needs {human(row['smallest_budget'])}")
+        for mode in row["modes"]:
+            seconds = f"{mode['step_seconds']:.2f} s" if mode["step_seconds"] else ""
+            table.add_row(
+                name, mode["gradient"], f"{mode['units']} of {row['of']}", str(mode["micro_batch"]), human(mode["peak"]), seconds,
+                _memory(mode),
+            )  # fmt: skip
+            name = ""
     out.print(table)
     for row in rows:
-        for task in ("train", "probe"):
-            if task in row:
-                parts = ", ".join(f"{name} {human(size)}" for name, size in row[task]["rows"].items() if size)
-                out.print(f"{row['model']}, {task}: {human(row[task]['peak'])} at its worst ({row[task]['moment']}): {parts}")
+        if "smallest_budgets" in row:
+            each = " + ".join(human(size) for size in row["unit_bytes"])
+            least = ", ".join(f"{mode} {human(size)}" for mode, size in row["smallest_budgets"].items())
+            out.print(f"{row['model']}: one more layer kept takes {each}; smallest budgets: {least}")
+        for name, task in [(mode["gradient"], mode["train"]) for mode in row["modes"]] + [("probe", row.get("probe"))]:
+            if task:
+                parts = ", ".join(f"{what} {human(size)}" for what, size in task["rows"].items() if size)
+                out.print(f"{row['model']}, {name}: {human(task['peak'])} at its worst ({task['moment']}): {parts}")
 
 
 def register(app: typer.Typer) -> None:

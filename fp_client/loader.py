@@ -152,6 +152,10 @@ class UnitLoader:
                 raise ModelError(f"{path}: tensor {full!r} has shape {found}, config.json asks for {tuple(parameter.shape)}")
             setattr(layer.get_submodule(parent), leaf, nn.Parameter(self.tensor(full), requires_grad=False))
 
+    def ready(self, index: int) -> bool:
+        """Whether a layer only needs reading; a quantized one must be made first where it is not on disk."""
+        return self.store is None or self.store.path(index).exists()
+
     def _quantized(self, layer: nn.Module, index: int) -> set[str]:
         if self.store is None:
             return set()

@@ -107,6 +107,7 @@ def _streamed(
             local = (labels[rows] - first).clamp(0, weight.shape[0] - 1)
             picked[rows] += torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
             lse[rows] = torch.logaddexp(lse[rows], torch.logsumexp(logits, dim=1))
+        del weight  # before the next block is read
     return lse - picked
 
 
@@ -141,6 +142,7 @@ class _HeadLoss(torch.autograd.Function):
                     if slope is not None:
                         delta.mul_(slope)
                     gradient[rows] += (delta.to(weight.dtype) @ weight).float()
+                del weight
             ctx.save_for_backward(gradient.to(hidden.dtype))
         return losses.sum()
 

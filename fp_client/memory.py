@@ -2,17 +2,20 @@
 
 All figures are bytes above the worker's warmed footprint. One function a moment; a task's peak is
 the largest of its moments. The formulas follow what the code holds, tensor by tensor; `OVERHEAD` is the one constant
-that was measured instead: the buffers that the matrix library keeps, and the allocator's rounding.
+that was measured instead: the buffers that the matrix library keeps, and the allocator's rounding. Here are a layer's
+sizes, a submodel in memory and the probe; `fp_client.memory_stream` has the streamed modes.
 
-Symbols: n = micro-batch × window tokens, d = hidden, m = intermediate, s = bytes of the compute dtype, K = kept layers.
+Symbols: n = micro-batch × window tokens, d = hidden, m = intermediate, s = bytes of the compute dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from common.types import ProbeSpec, Quantization, Start, TrainSpec
+from common.types import Part, ProbeSpec, Quantization, Start, TrainSpec, UnitId, unit_modules
 from fp_client.shapes import Shape
+from fp_client.units import Kept as KeptParts
 
 MIB = 1 << 20
 LOGITS = 3 * 16 * MIB
@@ -51,10 +54,42 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Held:
+    """How many layers are kept whole, and how many with one component alone."""
+
+    whole: int = 0
+    attention: int = 0
+    ffn: int = 0
+    any_draw: bool = False
+    """Not one draw but the worst of many: a component may also share its layer."""
+
+    def __iter__(self) -> Iterator[tuple[Part, int]]:
+        """(what is kept of a layer, of how many layers), those that there are."""
+        parts = ((Part.LAYER, self.whole), (Part.ATTENTION, self.attention), (Part.FFN, self.ffn))
+        return iter([(part, count) for part, count in parts if count])
+
+    @property
+    def kinds(self) -> tuple[Part, ...]:
+        """What a single layer may hold."""
+        return (Part.LAYER,) if self.any_draw else tuple(part for part, _ in self)
+
+    @property
+    def layers(self) -> int:
+        """Layers of which something is kept."""
+        return self.whole + self.attention + self.ffn
+
+    @staticmethod
+    def of(kept: Mapping[int, KeptParts]) -> Held:
+        """Of an assignment (`fp_client.units.keep`)."""
+        alone = [next(iter(one.parts)) for one in kept.values() if len(one.parts) == 1]
+        return Held(len(kept) - len(alone), alone.count(Part.ATTENTION), alone.count(Part.FFN))
+
+
+@dataclass(frozen=True)
 class Kept:
     """What a submodel keeps, and how it is trained."""
 
-    units: int
+    held: Held
     micro_batch: int
     checkpointing: bool
 
@@ -70,7 +105,10 @@ class StreamPlan:
     head: bool = True
     """Whether the head stays; else its rows are read in blocks, twice a step."""
     boundary_bytes: int = -1
-    """Activations kept in memory between forward and backward; what is beyond goes to disk. −1: all of them stay."""
+    """Activations kept in memory between forward and backward (stitched: changes over gaps); what is beyond goes to disk.
+    −1: all of them stay."""
+    prefix_bytes: int = -1
+    """Of the prefix's outputs, the same."""
 
 
 @dataclass(frozen=True)
@@ -94,27 +132,35 @@ class Estimate:
         return sum(size for _, size in self.rows)
 
 
-def layer_bytes(shape: Shape, setting: Setting) -> int:
-    """One decoder layer's weights. NF4: half a byte each, and an fp32 scale for 64 of them."""
+def layer_bytes(shape: Shape, setting: Setting, part: Part = Part.LAYER) -> int:
+    """One decoder layer's weights, or one component's. NF4: half a byte each, and an fp32 scale for 64 of them.
+
+    Norms and biases are shared out evenly: they are a few kilobytes.
+    """
+    modules = [m for m in shape.modules if m.name in unit_modules(UnitId(0, part), (m.name,))]
+    linear, vectors = sum(m.d_out * m.d_in for m in modules), shape.vectors if part is Part.LAYER else shape.vectors // 2
     if setting.quantization is Quantization.NF4:
-        return (
-            shape.linear // 2 + sum(-(-m.d_out * m.d_in // 64) for m in shape.modules) * _FP32 + shape.vectors * setting.itemsize
-        )
-    return (shape.linear + shape.vectors) * setting.itemsize
+        return linear // 2 + sum(-(-m.d_out * m.d_in // 64) for m in modules) * _FP32 + vectors * setting.itemsize
+    return (linear + vectors) * setting.itemsize
 
 
-def ledger_bytes(shape: Shape, spec: TrainSpec, broadcast_rank: int) -> int:
-    """One layer's frozen ΔW factors. `global` starts from the top r of them and copies what is left."""
+def ledger_bytes(shape: Shape, spec: TrainSpec, broadcast_rank: int, part: Part = Part.LAYER) -> int:
+    """One unit's frozen ΔW factors. `global` starts from the top r of them and copies what is left."""
     rank = broadcast_rank if spec.start is Start.FRESH else max(0, broadcast_rank - spec.rank) + broadcast_rank
-    return shape.factors(spec.targets, rank) * _FP32
+    return shape.factors(unit_modules(UnitId(0, part), spec.targets), rank) * _FP32
 
 
-def unit_bytes(shape: Shape, setting: Setting, spec: TrainSpec, broadcast_rank: int) -> int:
+def lora_bytes(shape: Shape, spec: TrainSpec, part: Part = Part.LAYER) -> int:
+    """One unit's trainable factors: what is uploaded of it."""
+    return shape.factors(unit_modules(UnitId(0, part), spec.targets), spec.rank) * _FP32
+
+
+def unit_bytes(shape: Shape, setting: Setting, spec: TrainSpec, broadcast_rank: int, part: Part = Part.LAYER) -> int:
     """What one more unit costs a checkpointed submodel with a micro-batch of one: weights, ΔW, LoRA with its gradient
-    and AdamW's two moments, and the boundary activation."""
-    lora = 4 * shape.factors(spec.targets, spec.rank) * _FP32
+    and AdamW's two moments, and the boundary activation (also of a component: it may be alone in its layer)."""
     boundary = spec.sequence_length * shape.hidden * setting.itemsize
-    return layer_bytes(shape, setting) + ledger_bytes(shape, spec, broadcast_rank) + lora + boundary
+    weights = layer_bytes(shape, setting, part) + ledger_bytes(shape, spec, broadcast_rank, part)
+    return weights + 4 * lora_bytes(shape, spec, part) + boundary
 
 
 def largest_weight(shape: Shape, setting: Setting) -> int:
@@ -136,10 +182,12 @@ class Activations:
     backward: int
 
 
-def activations(shape: Shape, setting: Setting, spec: TrainSpec, tokens: int, ledger: bool) -> Activations:
+def activations(
+    shape: Shape, setting: Setting, spec: TrainSpec, tokens: int, ledger: bool, part: Part = Part.LAYER
+) -> Activations:
     """Follows a llama layer with peft's LoRA; see the tensor names on the right. LoRA runs in fp32, so a narrower
-    compute dtype casts each target's input (saved) and its output."""
-    s, n, t = setting.itemsize, tokens, set(spec.targets)
+    compute dtype casts each target's input (saved) and its output. `part`: what the layer still has."""
+    s, n, t = setting.itemsize, tokens, set(unit_modules(UnitId(0, part), spec.targets))
     narrow = s < _FP32
     d, m = n * shape.hidden * s, n * shape.intermediate * s
     q, k = n * shape.heads * shape.head_dim * s, n * shape.kv_heads * shape.head_dim * s
@@ -164,12 +212,16 @@ def activations(shape: Shape, setting: Setting, spec: TrainSpec, tokens: int, le
         + (q + k + q if fused else 0)  # the value is a view that keeps the fused projection
         + (0 if scores else q) + (inputs(("self_attn.o_proj",), q) if narrow or scores or masked else 0)
     )  # fmt: skip
-    mlp = inputs(("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"), d) + 2 * m  # gate and its activation
-    before_up = attention + d + norm + post_norms + mlp
+    mlp = d + norm + post_norms + inputs(("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"), d) + 2 * m  # gate, activation
+    if part is Part.FFN:
+        attention, scores, mask = 0, 0, 0
+    if part is Part.ATTENTION:
+        mlp, m = d, 0
+    before_up = attention + mlp
     rank_rows = n * spec.rank * _FP32 * len(t)
     saved = int(1.02 * (before_up + m + inputs(("mlp.down_proj",), m) + rank_rows))
     # The widest module: its output, LoRA's output, that times α/r, and the sum; a narrow dtype promotes its output too.
-    wide = 2 * m if fused else m
+    wide = (2 * m if fused else m) or max(q + 2 * k if fused else q, d)
     lora = 3 * wide * _FP32 // s + (2 * wide if narrow else 0)
     hooked = 2 * wide if ledger else 0
     weight = largest_weight(shape, setting)
@@ -186,34 +238,50 @@ def train_peak(shape: Shape, setting: Setting, spec: TrainSpec, broadcast_rank: 
     Gradients count as held from the start of a step: those of small factors come from the heap, whose pages stay.
     """
     n, s = kept.micro_batch * spec.sequence_length, setting.itemsize
-    act = activations(shape, setting, spec, n, broadcast_rank > 0)
-    lora = kept.units * shape.factors(spec.targets, spec.rank) * _FP32
+    acts = [activations(shape, setting, spec, n, broadcast_rank > 0, part) for part in kept.held.kinds]
+    boundary = n * shape.hidden * s
+    lora = sum(count * lora_bytes(shape, spec, part) for part, count in kept.held)
     held = (
-        ("weights", kept.units * layer_bytes(shape, setting)),
+        ("weights", sum(count * layer_bytes(shape, setting, part) for part, count in kept.held)),
         ("head", shape.head * s),
-        ("ledger", kept.units * ledger_bytes(shape, spec, broadcast_rank)),
+        ("ledger", sum(count * ledger_bytes(shape, spec, broadcast_rank, part) for part, count in kept.held)),
         ("LoRA", lora),
-        ("batches", spec.batch_size * spec.sequence_length * 24),
-        ("overhead", setting.overhead + kept.units * OVERHEAD_UNIT),
+        ("batches", batch_bytes(spec)),
+        ("overhead", setting.overhead + kept.held.layers * OVERHEAD_UNIT),
     )
     trained = (*held, ("gradients", lora), ("optimizer", 2 * lora))
-    stack = ("boundaries", kept.units * act.boundary) if kept.checkpointing else ("activations", kept.units * act.stacked)
-    inner = max(act.recompute, act.backward) if kept.checkpointing else act.backward - act.saved
+    inner = max(act.backward - act.saved for act in acts)
+    stack = ("boundaries", kept.held.layers * boundary)
+    if kept.checkpointing:
+        inner = max(max(act.recompute, act.backward) for act in acts)
+    else:
+        each = {part: activations(shape, setting, spec, n, broadcast_rank > 0, part).stacked for part, _ in kept.held}
+        stack = ("activations", sum(count * each[part] for part, count in kept.held))
     moments = (
-        Estimate("loading", (*held, ("reading", max(_reading(shape, setting), _quantizing(shape, setting))))),
-        Estimate("forward", (*trained, stack, ("layer", act.forward))),
-        Estimate("loss", (*trained, stack, ("final states", 4 * act.boundary), ("logits", _logits(setting, n, shape.vocab)))),
-        Estimate("backward", (*trained, stack, ("final states", act.boundary), ("layer", inner))),
+        Estimate("loading", (*held, ("reading", max(reading(shape, setting), quantizing(shape, setting))))),
+        Estimate("forward", (*trained, stack, ("layer", max(act.forward for act in acts)))),
+        Estimate("loss", (*trained, stack, ("final states", 4 * boundary), ("logits", logits_bytes(setting, n, shape.vocab)))),
+        Estimate("backward", (*trained, stack, ("final states", boundary), ("layer", inner))),
     )
+    return worst(moments)
+
+
+def worst(moments: Iterable[Estimate]) -> Estimate:
+    """The moment with the highest peak."""
     return max(moments, key=lambda moment: moment.peak)
 
 
-def _reading(shape: Shape, setting: Setting) -> int:
+def batch_bytes(spec: TrainSpec) -> int:
+    """All rows of a round: ids, mask and labels."""
+    return spec.steps * spec.batch_size * spec.sequence_length * 24
+
+
+def reading(shape: Shape, setting: Setting) -> int:
     """What reading a weight needs besides the weight itself: a stored chunk where the dtype changes."""
     return READ * setting.stored if setting.stored != setting.itemsize else 0
 
 
-def _quantizing(shape: Shape, setting: Setting) -> int:
+def quantizing(shape: Shape, setting: Setting) -> int:
     """What making a unit's NF4 form needs: a stored chunk, its fp32 copy and bitsandbytes' temporaries, five in all.
     It goes to disk, so no weights of the unit are there yet."""
     if setting.quantization is not Quantization.NF4:
@@ -221,7 +289,7 @@ def _quantizing(shape: Shape, setting: Setting) -> int:
     return min(READ, shape.largest) * (setting.stored + 5 * _FP32)
 
 
-def _logits(setting: Setting, tokens: int, vocabulary: int) -> int:
+def logits_bytes(setting: Setting, tokens: int, vocabulary: int) -> int:
     """A narrow dtype's logits are there beside their fp32 copy."""
     whole = min(LOGITS, 3 * tokens * vocabulary * _FP32)
     return whole + (whole // 6 if setting.itemsize < _FP32 else 0)
@@ -250,11 +318,11 @@ def probe_peak(
     head = HEAD_ROWS * shape.hidden * (s + (setting.stored if setting.stored != s else 0))
     kernel = positions * (2 * shape.hidden + 3 * positions) * 8 if similarity else 0
     moments = (
-        Estimate("probe: quantizing a unit", (*held, ("quantizing", _quantizing(shape, setting)))),
-        Estimate("probe: reading a unit", (*held, unit, ("reading", _reading(shape, setting)))),
+        Estimate("probe: quantizing a unit", (*held, ("quantizing", quantizing(shape, setting)))),
+        Estimate("probe: reading a unit", (*held, unit, ("reading", reading(shape, setting)))),
         Estimate("probe: a unit's forward", (*held, unit, ("layer", inner))),
         Estimate("probe: Gram matrix", (*held, unit, ("kernel", kernel))),
         Estimate("probe: response states", (*held, final)),
         Estimate("probe: held-out loss", (*kept, ("head", head), final, ("logits", 2 * LOGITS // 3))),
     )
-    return max(moments, key=lambda moment: moment.peak)
+    return worst(moments)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from common.types import Assignment, Gradient, ProbeTask, Quantization, TrainSpec, UnitId, UpdateMetrics
 from fp_client.data import DataSource
+from fp_client.pace import Pace
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,16 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
+class PaceArgs:
+    """Task ``pace``: how fast is this device? Its result is a `fp_client.pace.Pace`."""
+
+    spec: TrainSpec
+    broadcast_rank: int
+    rows: int
+    """Rows inside a layer at once."""
+
+
+@dataclass(frozen=True)
 class ProbeArgs:
     """Task ``probe``; its result is a `ProbeReport`."""
 
@@ -111,6 +122,8 @@ class TrainArgs:
     assignment: Assignment
     adapter: tuple[AdapterFile, ...]
     out: str
+    pace: Pace | None = None
+    """What `pace` has measured on this device, for the predicted step time."""
 
 
 @dataclass(frozen=True)

@@ -1,52 +1,87 @@
-"""What a device can hold within its budget: units, micro-batch, checkpointing, and the smallest budget that would do.
+"""What a device can hold within its budget in each gradient mode, and how it trains an assignment. Torch-free.
 
-From the model's config alone (`fp_client.memory` has the formulas). More units first, because they are what a
-submodel is made of; then larger micro-batches; and activations are only kept instead of recomputed (checkpointing
-off) where that costs no unit and no micro-batch.
+From the model's config alone (`fp_client.memory`, `fp_client.memory_stream` have the formulas). More units first; then larger
+micro-batches; then what only saves time, as far as it costs neither: `fp_client.fitting` decides that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.errors import BudgetError
-from common.types import Capacity, Gradient, ProbeSpec, TrainSpec, UnitId
+from common.types import Capacity, Gradient, Part, ProbeSpec, TrainSpec, UnitId, model_units
+from fp_client.fitting import Fit, Problem, fit
 from fp_client.memory import (
     MIB,
     MICRO_ROWS,
     PASS_ROWS,
     Estimate,
-    Kept,
+    Held,
     Rows,
     Setting,
     StreamPlan,
+    lora_bytes,
     probe_peak,
-    train_peak,
     unit_bytes,
 )
+from fp_client.pace import Pace, prepare_seconds, step_seconds
 from fp_client.shapes import Shape, shape_of
+from fp_client.units import gaps, keep
+
+MODES = (Gradient.SUBMODEL, Gradient.STITCHED, Gradient.STREAMED)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A device's plan. `peak_bytes` is the larger of training's and the probe's; `smallest_budget` holds one unit."""
+class ModePlan:
+    """The best plan of one gradient mode. `units` counts components in component mode, two for each whole layer."""
 
+    gradient: Gradient
     units: int
     micro_batch: int
     checkpointing: bool
-    peak_bytes: int
+    stream: StreamPlan
     train: Estimate
-    probe: Estimate
-    probe_rows: Rows
-    unit_bytes: tuple[int, ...]
-    smallest_budget: int
+    peak_bytes: int
+    """The larger of training's and the probe's."""
+    step_seconds: float = 0.0
+    prepare_seconds: float = 0.0
+    """Once a round, before the first step. Both 0 where the device's pace is not known."""
 
     @property
     def capacity(self) -> Capacity:
         """The plan as a device announces it."""
-        return Capacity(Gradient.SUBMODEL, self.units, self.micro_batch, self.checkpointing, self.peak_bytes)
+        return Capacity(
+            self.gradient, self.units, self.micro_batch, self.checkpointing, self.peak_bytes, round(self.step_seconds, 4)
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A device's plan: the modes that the run asks for and the budget holds. `smallest_budget` holds one unit in one of them."""
+
+    modes: tuple[ModePlan, ...]
+    probe: Estimate
+    probe_rows: Rows
+    unit_bytes: tuple[int, ...]
+    smallest_budget: int
+    smallest: tuple[tuple[Gradient, int], ...] = ()
+    """The smallest budget of each mode asked for."""
+
+    @property
+    def capacities(self) -> tuple[Capacity, ...]:
+        """As a device announces them."""
+        return tuple(mode.capacity for mode in self.modes)
+
+    @property
+    def capacity(self) -> Capacity:
+        """The first of them."""
+        return self.capacities[0]
+
+    def mode(self, gradient: Gradient) -> ModePlan | None:
+        """The plan of one mode, or None where it does not fit."""
+        return next((mode for mode in self.modes if mode.gradient is gradient), None)
 
 
 def plan(
@@ -57,43 +92,117 @@ def plan(
     broadcast_rank: int,
     budget_bytes: int,
     heldout_rows: int = 64,
+    part: Part = Part.LAYER,
+    limits: Limits | None = None,
+    pace: Pace | None = None,
 ) -> Plan:
-    """The best plan within `budget_bytes` (0: no bound) for a model's config.json.
+    """The best plans within `budget_bytes` (0: no bound) for a model's config.json, in the modes of `spec.gradient`.
 
-    `broadcast_rank`: the largest rank of ΔW that the server will send, in every unit and target.
+    `broadcast_rank`: the largest rank of ΔW that the server will send, in every unit and target. `part`: what a unit is.
+    `pace`: what the device measured; without it no step time is predicted, and `limits.step_seconds` bounds nothing.
     Raises BudgetError with the smallest budget that would do; ProtocolError for targets the model does not have.
     """
-    shape = shape_of(config)
+    shape, limits = shape_of(config), limits or Limits()
     adapter = shape.factors(spec.targets, broadcast_rank) * 4
-
-    def training(units: int, micro: int, checkpointing: bool) -> Estimate:
-        return train_peak(shape, setting, spec, broadcast_rank, Kept(units, micro, checkpointing))
-
-    least_rows = Rows(1, probe.batch_size)
-    least_probe = probe_peak(shape, setting, probe, heldout_rows, adapter, least_rows)
-    least_train = training(1, 1, True)
-    smallest = max(least_probe.peak, least_train.peak)
-    if budget_bytes and smallest > budget_bytes:
-        what = least_train if least_train.peak >= least_probe.peak else least_probe
+    least_probe = probe_peak(shape, setting, probe, heldout_rows, adapter, Rows(1, probe.batch_size))
+    wanted = [mode for mode in MODES if spec.gradient in (mode, Gradient.AUTO)]
+    problems = {mode: Problem(shape, setting, replace(spec, gradient=mode), broadcast_rank) for mode in wanted}
+    least = {mode: _least(problem, _worst_draw(shape, 1, part), 1) for mode, problem in problems.items()}
+    smallest = tuple((mode, max(least_probe.peak, one.peak)) for mode, one in least.items())
+    floor = min(size for _, size in smallest)
+    if 0 < budget_bytes < floor:
+        cheapest = min(least.values(), key=lambda one: one.peak)
+        what = cheapest if cheapest.peak >= least_probe.peak else least_probe
         table = ", ".join(f"{name} {_mib(size)}" for name, size in what.rows if size)
         raise BudgetError(
-            f"the budget of {_mib(budget_bytes)} holds no submodel: the smallest that would do is {_mib(smallest)} "
+            f"the budget of {_mib(budget_bytes)} holds no submodel: the smallest that would do is {_mib(floor)} "
             f"({what.moment}: {table}); raise [budget], or use nf4, a shorter window or a smaller batch",
-            smallest,
+            floor,
         )
-
-    def fits(estimate: Estimate) -> bool:
-        return not budget_bytes or estimate.peak <= budget_bytes
-
-    units = max(count for count in range(1, shape.layers + 1) if fits(training(count, 1, True)))
-    sizes = _micro_batches(spec.batch_size)
-    micro = next(size for size in sizes if fits(training(units, size, True)))
-    checkpointing = not fits(training(units, micro, False))
-    train = training(units, micro, checkpointing)
     rows = probe_rows(shape, setting, probe, heldout_rows, adapter, budget_bytes)
     probed = probe_peak(shape, setting, probe, heldout_rows, adapter, rows)
-    each = unit_bytes(shape, setting, spec, broadcast_rank)
-    return Plan(units, micro, checkpointing, max(train.peak, probed.peak), train, probed, rows, (each,) * shape.layers, smallest)
+    modes = []
+    for mode, size in smallest:
+        if not budget_bytes or size <= budget_bytes:
+            modes.append(_best(problems[mode], budget_bytes, part, limits, pace, probed.peak))
+    each = {one: unit_bytes(shape, setting, spec, broadcast_rank, one) for one in Part}
+    sizes = tuple(each[unit.part] for unit in model_units(part, shape.layers))
+    return Plan(tuple(modes), probed, rows, sizes, floor, smallest)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run allows a device besides memory (`RunSpec`); 0: no limit."""
+
+    update_bytes: int = 0
+    step_seconds: float = 0.0
+
+
+def _worst_draw(shape: Shape, layers: int, part: Part) -> Held:
+    """What any draw of so many whole layers, or of as many components of each kind, costs at most: components lie in
+    layers of their own as far as there are layers."""
+    if part is Part.LAYER:
+        return Held(layers)
+    alone = min(layers, shape.layers - layers)
+    return Held(layers - alone, alone, alone, any_draw=True)
+
+
+def _least(problem: Problem, held: Held, micro_batch: int) -> Estimate:
+    """The least that training such a draw takes; and measuring its gradient's fidelity, where that is asked for."""
+    least = problem.smallest(held, micro_batch, _most_gaps(problem.shape, held))
+    if not problem.spec.fidelity:
+        return least
+    return max(least, once(problem).smallest(held, micro_batch, 0), key=lambda one: one.peak)
+
+
+def once(problem: Problem) -> Problem:
+    """The full model's gradient on one batch."""
+    return replace(problem, spec=replace(problem.spec, gradient=Gradient.STREAMED, steps=1))
+
+
+def _most_gaps(shape: Shape, held: Held) -> int:
+    """The most gaps that a draw can leave."""
+    positions = shape.layers if held.layers == held.whole else 2 * shape.layers
+    kept = held.whole if held.layers == held.whole else 2 * held.whole + held.attention + held.ffn
+    return min(kept + 1, positions - kept)
+
+
+def _best(problem: Problem, budget_bytes: int, part: Part, limits: Limits, pace: Pace | None, probe_bytes: int) -> ModePlan:
+    """The most units that memory and limits allow, and the fastest way to train them. One unit fits the memory.
+
+    Where not even one unit is within `limits.step_seconds`, one unit is planned: nothing is nearer to it.
+    """
+    shape, spec = problem.shape, problem.spec
+    most = shape.layers
+    if limits.update_bytes:
+        most = max(1, min(most, limits.update_bytes // lora_bytes(shape, spec)))
+
+    def planned(layers: int) -> tuple[Fit, float] | None:
+        held = _worst_draw(shape, layers, part)
+        found = fit(problem, held, _most_gaps(shape, held), 0, micro_batches(spec.batch_size), budget_bytes)
+        if found is None or (budget_bytes and _least(problem, held, found.micro_batch).peak > budget_bytes):
+            return None
+        return found, _seconds(problem, pace, held, found, 0)
+
+    for layers in range(most, 0, -1):
+        result = planned(layers)
+        if result is not None and (layers == 1 or not limits.step_seconds or result[1] <= limits.step_seconds):
+            break
+    assert result is not None, "one unit fits the budget"
+    found, seconds = result
+    prepare = prepare_seconds(shape, spec, pace, found.stream) if pace is not None else 0.0
+    return ModePlan(
+        spec.gradient, layers * len(model_units(part, 1)), found.micro_batch, found.checkpointing, found.stream, found.estimate,
+        max(found.estimate.peak, probe_bytes), seconds, prepare,
+    )  # fmt: skip
+
+
+def _seconds(problem: Problem, pace: Pace | None, held: Held, found: Fit, low: int) -> float:
+    if pace is None:
+        return 0.0
+    return step_seconds(
+        problem.shape, problem.setting, problem.spec, pace, held, found.micro_batch, found.checkpointing, found.stream, low
+    )
 
 
 @dataclass(frozen=True)
@@ -102,6 +211,7 @@ class TaskPlan:
 
     estimate: Estimate
     stream: StreamPlan
+    checkpointing: bool
     step_seconds: float = 0.0
 
     @property
@@ -119,20 +229,31 @@ def plan_task(
     micro_batch: int,
     checkpointing: bool,
     budget_bytes: int,
+    pace: Pace | None = None,
 ) -> TaskPlan:
     """How to train an assignment within `budget_bytes` (0: no bound), with the adapter that actually came.
 
-    Raises BudgetError with what it would take.
+    Layers are recomputed where the assignment would keep their activations but the budget does not hold them.
+    Raises BudgetError with what it would take; ProtocolError for units that the model does not have.
     """
-    kept = Kept(len(units), micro_batch, checkpointing)
-    estimate = train_peak(shape, setting, spec, broadcast_rank, kept)
-    if 0 < budget_bytes < estimate.peak:
+    kept = keep(units, shape.layers, spec.targets)
+    held, low, between = Held.of(kept), min(kept), len(gaps(units, shape.layers))
+    problem = Problem(shape, setting, spec, broadcast_rank)
+    found = fit(problem, held, between, low, (micro_batch,), budget_bytes, (checkpointing, True))
+    estimate = problem.smallest(held, micro_batch, between, low) if found is None else found.estimate
+    exact: Fit | None = None
+    if spec.fidelity:
+        exact = fit(once(problem), held, 0, low, (micro_batch,), budget_bytes)
+        one = once(problem).smallest(held, micro_batch, 0, low) if exact is None else exact.estimate
+        estimate = max(estimate, one, key=lambda each: each.peak)
+    if found is None or (spec.fidelity and exact is None):
         raise BudgetError(
-            f"the assignment of {len(units)} units needs {estimate.peak >> 20} MiB, the budget is {budget_bytes >> 20} MiB; "
-            "nothing was loaded",
+            f"the assignment of {len(units)} units needs {_mib(estimate.peak)} ({estimate.moment}), the budget is "
+            f"{_mib(budget_bytes)}; nothing was loaded",
             estimate.peak,
         )
-    return TaskPlan(estimate, StreamPlan(ahead=True))
+    seconds = _seconds(problem, pace, held, found, low)
+    return TaskPlan(estimate, found.stream, found.checkpointing, seconds)
 
 
 def probe_rows(
@@ -162,9 +283,9 @@ def probe_rows(
     )
 
 
-def _micro_batches(batch: int) -> list[int]:
+def micro_batches(batch: int) -> tuple[int, ...]:
     """Sizes that make fewer and fewer equal passes: 4, 2, 1 for a batch of 4."""
-    return sorted({-(-batch // parts) for parts in range(1, batch + 1)}, reverse=True)
+    return tuple(sorted({-(-batch // parts) for parts in range(1, batch + 1)}, reverse=True))
 
 
 def _mib(size: int) -> str:

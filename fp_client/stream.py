@@ -32,6 +32,8 @@ from fp_client.units import keep
 Progress = Callable[[str, int, int], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a family passes to one of its layers besides the residual stream."""
+LENGTHS = 8
+"""Row lengths whose masks and positions are kept; others are made again when they are needed."""
 
 
 class _Recorder(nn.Module):
@@ -77,7 +79,8 @@ class Layers:
         if index not in self._held:
             self._fill(index)
             self._held.add(index)
-        if self._pool is not None and following is not None and following not in self._held:
+        # What must first be quantized waits: that takes more room than reading.
+        if self._pool is not None and following is not None and following not in self._held and self._loader.ready(following):
             self._coming = (following, self._pool.submit(self._fill, following))
         return self._layers[index]
 
@@ -152,13 +155,11 @@ class FullModel:
                 self._stack(
                     inputs_embeds=torch.zeros((1, length, width), dtype=dtype, device=self.loader.device), use_cache=False
                 )
+            while len(self._by_length) >= LENGTHS:
+                del self._by_length[next(iter(self._by_length))]
             self._by_length[length] = list(self._calls)
             self._calls.clear()
         return self._by_length[length]
-
-    def forget_lengths(self) -> None:
-        """Drop masks and positions; they are made again when they are needed."""
-        self._by_length.clear()
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
         """(summed response-token loss, response tokens) of a final residual stream (B, T, d)."""
@@ -197,7 +198,7 @@ class Streamed:
             loader, adapter, plan, blocks=lambda index: frozen(self.assigned.get(index), spec, list(adapter.get(index, ())))
         )
         self.trainable: list[nn.Parameter] = []
-        self._prefix = Spill(plan.boundary_bytes, scratch, loader.device)
+        self._prefix = Spill(plan.prefix_bytes, scratch, loader.device)
         self._boundaries = Spill(plan.boundary_bytes, scratch, loader.device)
         for number, (index, kept) in enumerate(self.assigned.items()):
             layer = self.full.modules[index]
@@ -235,7 +236,6 @@ class Streamed:
                     self._prefix.put((step, j), self.full.run(layer, index, before))
                 if self.progress is not None:
                     self.progress("load", len(self.assigned) + index + 1, len(self.assigned) + self.low)
-        self.full.forget_lengths()
 
     def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
         """Add the full model's gradient of the mean over `counted` response tokens; returns the summed loss."""

@@ -31,19 +31,25 @@ from fp_client.messages import (
     FidelityArgs,
     FidelityResult,
     ModeFidelity,
+    PaceArgs,
     ProbeArgs,
     TrainArgs,
     TrainResult,
     WorkerConfig,
 )
+from fp_client.pace import Pace
+from fp_client.pacing import Typical, measure_pace
 from fp_client.probe import ProbeResult, probe
 from fp_client.shapes import shape_of
+from fp_client.template import IGNORE
 from fp_client.train import Trainer, check_spec, train
 from fp_client.trainers import open_trainer
 from fp_client.warmup import warm_up
 
 OnProgress = Callable[[str, int, int], None]
 
+LOOKED_AT = 4
+"""Steps whose rows say what a typical one is."""
 SLACK = 128 << 20
 """Address space a task may reserve above its budget: thread stacks and libraries loaded late are never touched whole."""
 
@@ -149,6 +155,7 @@ class Tasks:
         """Do a task by name. Raises ProtocolError when there is no such task or the arguments don't fit it."""
         kinds: dict[str, tuple[type[Any], Callable[[Any, OnProgress], Any]]] = {
             "check": (CheckArgs, self.check),
+            "pace": (PaceArgs, self.pace),
             "probe": (ProbeArgs, self.probe),
             "train": (TrainArgs, self.train),
             "fidelity": (FidelityArgs, self.fidelity),
@@ -175,6 +182,18 @@ class Tasks:
         """Is the data usable with this window? Raises DataError."""
         found = self._dataset(args.window)
         return CheckResult(len(found.split.train), len(found.split.heldout), found.dropped)
+
+    def pace(self, args: PaceArgs, progress: OnProgress) -> Pace:
+        """How fast one layer runs for typical rows of this device's data."""
+        spec = replace(args.spec, steps=LOOKED_AT)
+        drawn = data.train_batches(self._dataset(spec.sequence_length), spec, self.tokenizer)
+        parts = [part["labels"] for batch in drawn for part in data.micro_batches(batch, args.rows)]
+        count = LOOKED_AT * spec.batch_size
+        tokens = sum(part.numel() for part in parts) // count
+        response = sum(int((part[:, 1:] != IGNORE).sum()) for part in parts) // count
+        with self._checkpoint() as checkpoint:
+            typical = Typical(max(2, tokens), max(1, response))
+            return measure_pace(self._loader(checkpoint), spec, args.broadcast_rank, args.rows, typical)
 
     def probe(self, args: ProbeArgs, progress: OnProgress) -> ProbeReport:
         """The full model's similarities and held-out loss, one unit in memory at a time."""
@@ -205,7 +224,7 @@ class Tasks:
         rows = self._dataset(spec.sequence_length)
         with measure.Peak(self.config.device, self.warmed_bytes) as peak, self._checkpoint() as checkpoint:
             adapter = AdapterFiles(args.adapter)
-            predicted = self._predicted(checkpoint, assignment, adapter)
+            predicted = self._predicted(checkpoint, assignment, adapter, args.pace)
             batches = list(data.train_batches(rows, spec, self.tokenizer))
             measured = self._fidelity(checkpoint, assignment, adapter, batches[0]) if spec.fidelity else None
             with self._trainer(checkpoint, assignment, adapter, predicted, progress) as trainer:
@@ -218,13 +237,15 @@ class Tasks:
         )  # fmt: skip
         return TrainResult(metrics)
 
-    def _predicted(self, checkpoint: Checkpoint, assignment: Assignment, adapter: AdapterFiles) -> planner.TaskPlan:
+    def _predicted(
+        self, checkpoint: Checkpoint, assignment: Assignment, adapter: AdapterFiles, pace: Pace | None = None
+    ) -> planner.TaskPlan:
         """What the assignment will take. Raises BudgetError before anything is loaded."""
         whole = assignment.spec.gradient is not Gradient.SUBMODEL or assignment.spec.fidelity
         layers = range(checkpoint.layers) if whole else {unit.layer for unit in assignment.units}
         return planner.plan_task(
             shape_of(checkpoint.config), self._setting(checkpoint), assignment.spec, adapter.rank(layers), assignment.units,
-            assignment.micro_batch, assignment.checkpointing, self.config.budget_bytes,
+            assignment.micro_batch, assignment.checkpointing, self.config.budget_bytes, pace,
         )  # fmt: skip
 
     def _trainer(
@@ -237,7 +258,7 @@ class Tasks:
     ) -> contextlib.AbstractContextManager[Trainer]:
         return open_trainer(
             self._loader(checkpoint), assignment.units, assignment.spec, adapter, predicted.stream,
-            Path(self.config.cache) / "spill", assignment.checkpointing, progress,
+            Path(self.config.cache) / "spill", predicted.checkpointing, progress,
         )  # fmt: skip
 
     def _gradient(

@@ -6,8 +6,10 @@ import asyncio
 import logging
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from common.checkpoint import EMBEDDING_KEY, Checkpoint, cached_fingerprint
+from common.errors import BudgetError, DataError, ModelError, StorageError
 from common.tensorfile import ITEMSIZE
 from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, RunSpec
 from fp_client import models
@@ -20,12 +22,14 @@ from fp_client.messages import (
     CheckResult,
     FidelityArgs,
     FidelityResult,
+    PaceArgs,
     ProbeArgs,
     TrainArgs,
     TrainResult,
     WorkerConfig,
 )
-from fp_client.planner import Plan, plan
+from fp_client.pace import Pace
+from fp_client.planner import Limits, Plan, plan
 from fp_client.pool import OnProgress, Worker
 
 log = logging.getLogger(__name__)
@@ -62,6 +66,12 @@ def setting_of(config: ClientConfig, section: ModelSection, checkpoint: Checkpoi
     return Setting(section.quantization, 2 if config.dtype == "bfloat16" else 4, stored, config.threads)
 
 
+def _pace_key(spec: RunSpec) -> tuple[Any, ...]:
+    """What a device's pace depends on, besides its own settings."""
+    train = spec.train
+    return spec.model, train.batch_size, train.sequence_length, train.rank, train.targets, spec.broadcast_rank
+
+
 class LocalWork:
     """`Work` of a device directory: resolves models, counts data, plans, and runs tasks in a worker process."""
 
@@ -72,6 +82,7 @@ class LocalWork:
         self.cache = cache_dir(config, directory)
         self._worker: Worker | None = None
         self._plans: dict[RunSpec, Plan] = {}
+        self._paces: dict[tuple[Any, ...], Pace] = {}
 
     async def close(self) -> None:
         """End the worker process."""
@@ -98,23 +109,27 @@ class LocalWork:
 
     async def plan(self, spec: RunSpec) -> PlanReport:
         """Data counted with the tokenizer, and what the budget holds. Raises BudgetError with the smallest that would do."""
-        planned = self._plans[spec] = await asyncio.to_thread(self._planned, spec)
+        await asyncio.to_thread(self._planned, spec)  # a budget too small is refused before a worker starts
         worker = await self.worker(spec)
         window = max(spec.train.sequence_length, spec.probe.sequence_length)
         check = await worker.run("check", CheckArgs(window), CheckResult)
         if check.dropped:
             log.warning("run %s: %d examples are left out: their responses don't fit %d tokens", spec.run, check.dropped, window)
+        planned = await self._remembered(spec)
         return PlanReport(
-            spec.run, check.samples, spec.fingerprint, (planned.capacity,), planned.unit_bytes, planned.smallest_budget,
+            spec.run, check.samples, spec.fingerprint, planned.capacities, planned.unit_bytes, planned.smallest_budget,
             "", self.budget_bytes,
         )  # fmt: skip
 
-    def _planned(self, spec: RunSpec) -> Plan:
+    def _planned(self, spec: RunSpec, pace: Pace | None = None) -> Plan:
         _, heldout = count_examples(data_source(self.config, self.directory))
         section, checkpoint = self.open_model(spec.model)
         try:
             setting = setting_of(self.config, section, checkpoint)
-            return plan(checkpoint.config, setting, spec.train, spec.probe, spec.broadcast_rank, self.budget_bytes, heldout)
+            return plan(
+                checkpoint.config, setting, spec.train, spec.probe, spec.broadcast_rank, self.budget_bytes, heldout, spec.part,
+                Limits(spec.update_bytes, spec.step_seconds), pace,
+            )  # fmt: skip
         finally:
             checkpoint.close()
 
@@ -128,7 +143,9 @@ class LocalWork:
     ) -> TrainResult:
         """Train in the worker; the update is written to `out`."""
         worker, planned = await self.worker(spec), await self._remembered(spec)
-        return await worker.run("train", TrainArgs(task, adapter, str(out)), TrainResult, progress, planned.train.peak)
+        mode = planned.mode(task.spec.gradient)
+        args = TrainArgs(task, adapter, str(out), self._paces.get(_pace_key(spec)))
+        return await worker.run("train", args, TrainResult, progress, mode.peak_bytes if mode is not None else 0)
 
     async def fidelity(self, spec: RunSpec, args: FidelityArgs, progress: OnProgress) -> FidelityResult:
         """Measure each mode's gradient in the worker."""
@@ -138,8 +155,22 @@ class LocalWork:
     async def _remembered(self, spec: RunSpec) -> Plan:
         """The run's plan; made again after a restart."""
         if spec not in self._plans:
-            self._plans[spec] = await asyncio.to_thread(self._planned, spec)
+            self._plans[spec] = await asyncio.to_thread(self._planned, spec, await self.pace(spec))
         return self._plans[spec]
+
+    async def pace(self, spec: RunSpec) -> Pace | None:
+        """This device's pace, measured once. None where it can't be: damaged weights are for the probe to report."""
+        key = _pace_key(spec)
+        if key not in self._paces:
+            planned = await asyncio.to_thread(self._planned, spec)
+            rows = min(mode.micro_batch for mode in planned.modes)
+            try:
+                worker = await self.worker(spec)
+                self._paces[key] = await worker.run("pace", PaceArgs(spec.train, spec.broadcast_rank, rows), Pace)
+            except (ModelError, StorageError, DataError, BudgetError) as error:
+                log.warning("run %s: step times are not predicted: %s", spec.run, error)
+                return None
+        return self._paces[key]
 
     async def worker(self, spec: RunSpec) -> Worker:
         """The warm worker for a run's model; another model's is ended first."""

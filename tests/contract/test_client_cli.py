@@ -158,19 +158,31 @@ def test_plan_of_common_shapes(tmp_path, run):
     rows = {row["model"]: row for row in plan["models"]}
     assert code == 0 and set(rows) == set(CONFIGS) and plan["budget"] == 3 * 10**9
     for row in rows.values():
-        assert row["peak"] <= plan["budget"] and 0 < row["units"] <= row["layers"]
-        assert row["peak"] == max(sum(row[task]["rows"].values()) for task in ("train", "probe"))
-    assert rows["llama2-7b"]["units"] > rows["llama2-13b"]["units"]
+        assert [mode["gradient"] for mode in row["modes"]] == ["submodel", "stitched", "streamed"]
+        for mode in row["modes"]:
+            assert mode["peak"] <= plan["budget"] and 0 < mode["units"] <= row["of"]
+            assert mode["peak"] == max(sum(mode["train"]["rows"].values()), sum(row["probe"]["rows"].values()))
+    seven, thirteen = ([mode["units"] for mode in rows[name]["modes"]] for name in ("llama2-7b", "llama2-13b"))
+    assert seven[0] > thirteen[0] and seven[2] == 32 > seven[0]
+
+
+def test_plan_of_one_gradient_mode_and_of_components(tmp_path, run):
+    asked = ("plan", "--dir", tmp_path, "--shape", "llama2-7b", "--budget", "1200MiB", "--batch", "1", "--gradient", "streamed")
+    code, out, _ = run(*asked, "--units", "component", "--json")
+    row = json.loads(out)["models"][0]
+    assert code == 0 and [mode["gradient"] for mode in row["modes"]] == ["streamed"]
+    assert row["of"] == 64 and row["modes"][0]["units"] % 2 == 0 and row["unit_bytes"][0] < row["unit_bytes"][1]
+    code, out, _ = run(*asked)
+    assert code == 0 and "streamed" in out and "stitched" not in out
 
 
 def test_plan_of_a_budget_too_small_says_the_smallest_that_would_do(tmp_path, run):
-    code, out, err = run("plan", "--dir", tmp_path, "--json", "--shape", "llama2-7b", "--budget", "300MB", "--batch", "1")
+    asked = ("plan", "--dir", tmp_path, "--json", "--shape", "llama2-7b", "--batch", "1", "--gradient", "submodel", "--budget")
+    code, out, err = run(*asked, "300MB")
     row = json.loads(out)["models"][0]
-    assert code == 5 and row["units"] == 0 and "the smallest that would do" in err
-    code, out, _ = run(
-        "plan", "--dir", tmp_path, "--json", "--shape", "llama2-7b", "--budget", row["smallest_budget"], "--batch", "1"
-    )
-    assert code == 0 and json.loads(out)["models"][0]["units"] == 1
+    assert code == 5 and row["modes"] == [] and "the smallest that would do" in err
+    code, out, _ = run(*asked, row["smallest_budget"])
+    assert code == 0 and json.loads(out)["models"][0]["modes"][0]["units"] == 1
 
 
 def test_wrong_flags(tmp_path, run):

@@ -15,8 +15,8 @@ from common.errors import BudgetError, ModelError, ProtocolError, UnknownFamilyE
 from common.types import ProbeSpec, Quantization, Start, TrainSpec, UnitId
 from fp_client.families import FAMILIES
 from fp_client.loader import UnitLoader
-from fp_client.memory import MIB, Kept, Rows, Setting, activations, layer_bytes, probe_peak, train_peak
-from fp_client.planner import _micro_batches, plan, probe_rows
+from fp_client.memory import MIB, Held, Kept, Rows, Setting, activations, layer_bytes, probe_peak, train_peak
+from fp_client.planner import micro_batches, plan, probe_rows
 from fp_client.shapes import CONFIGS, shape_of
 from fp_client.submodel import load_submodel
 from tests.unit import tiny
@@ -110,9 +110,9 @@ def test_layer_bytes_are_the_loaded_layers(quantization: Quantization, tmp_path:
 
 def test_a_3_gb_device_holds_12_layers_of_llama2_7b() -> None:
     three = 3 * 10**9
-    seven = plan(CONFIGS["llama2-7b"], NF4, spec(1, 512), ProbeSpec(batch_size=1), 0, three)
+    seven = plan(CONFIGS["llama2-7b"], NF4, spec(1, 512), ProbeSpec(batch_size=1), 0, three).modes[0]
     assert 12 <= seven.units < 32 and seven.checkpointing and seven.peak_bytes <= three
-    thirteen = plan(CONFIGS["llama2-13b"], NF4, spec(1, 512), ProbeSpec(batch_size=1), 0, three)
+    thirteen = plan(CONFIGS["llama2-13b"], NF4, spec(1, 512), ProbeSpec(batch_size=1), 0, three).modes[0]
     assert 1 <= thirteen.units < seven.units
     assert round(shape_of(CONFIGS["llama2-7b"]).parameters / 1e6) == 6738
     assert round(shape_of(CONFIGS["llama2-13b"]).parameters / 1e6) == 13016
@@ -129,30 +129,32 @@ def test_more_budget_is_never_less_and_the_plan_keeps_it(name: str, setting: Set
     before = 0
     for step in range(0, 40, 3):
         budget = smallest + step * smallest // 8
-        found = plan(config, setting, spec(), PROBE, 32, budget)
+        planned = plan(config, setting, spec(), PROBE, 32, budget)
+        found = planned.modes[0]
         assert found.units >= max(before, 1)
-        assert found.peak_bytes == max(found.train.peak, found.probe.peak) <= budget
+        assert found.peak_bytes == max(found.train.peak, planned.probe.peak) <= budget
         if found.units < shape_of(config).layers:
-            kept = Kept(found.units + 1, 1, True)
+            kept = Kept(Held(found.units + 1), 1, True)
             assert train_peak(shape_of(config), setting, spec(), 32, kept).peak > budget
         before = found.units
-    everything = plan(config, setting, spec(), PROBE, 32, 0)
+    planned = plan(config, setting, spec(), PROBE, 32, 0)
+    everything = planned.modes[0]
     assert (everything.units, everything.micro_batch, everything.checkpointing) == (shape_of(config).layers, 4, False)
-    assert len(everything.unit_bytes) == shape_of(config).layers
+    assert len(planned.unit_bytes) == shape_of(config).layers
 
 
 def test_units_come_before_micro_batches_and_those_before_speed() -> None:
-    found = [plan(SMALL, Setting(), spec(8, 256), PROBE, 0, budget * MIB) for budget in range(260, 2500, 25)]
+    found = [plan(SMALL, Setting(), spec(8, 256), PROBE, 0, budget * MIB).modes[0] for budget in range(260, 2500, 25)]
     for one in found:
         if one.units < 30:
             assert one.micro_batch < 8 or one.checkpointing
         if not one.checkpointing:
             assert (
                 one.train.peak
-                > train_peak(shape_of(SMALL), Setting(), spec(8, 256), 0, Kept(one.units, one.micro_batch, True)).peak
+                > train_peak(shape_of(SMALL), Setting(), spec(8, 256), 0, Kept(Held(one.units), one.micro_batch, True)).peak
             )
     assert min(one.units for one in found) < 5 and max(one.units for one in found) == 30
-    assert _micro_batches(4) == [4, 2, 1] and _micro_batches(16) == [16, 8, 6, 4, 3, 2, 1] and _micro_batches(1) == [1]
+    assert micro_batches(4) == (4, 2, 1) and micro_batches(16) == (16, 8, 6, 4, 3, 2, 1) and micro_batches(1) == (1,)
 
 
 @pytest.mark.parametrize(
@@ -163,15 +165,15 @@ def test_units_come_before_micro_batches_and_those_before_speed() -> None:
 )  # fmt: skip
 def test_what_costs_more_is_predicted_to(heavier: TrainSpec) -> None:
     shape = shape_of(SMALL)
-    light = train_peak(shape, Setting(), spec(), 48, Kept(8, 4, True)).peak
-    assert train_peak(shape, Setting(), heavier, 48, Kept(8, heavier.batch_size, True)).peak > light
-    assert train_peak(shape, Setting(), spec(), 0, Kept(8, 4, True)).peak < light
-    assert train_peak(shape, Setting(), spec(), 48, Kept(8, 4, False)).peak > light
-    assert train_peak(shape, Setting(Quantization.NF4), spec(), 48, Kept(8, 4, True)).peak < light
+    light = train_peak(shape, Setting(), spec(), 48, Kept(Held(8), 4, True)).peak
+    assert train_peak(shape, Setting(), heavier, 48, Kept(Held(8), heavier.batch_size, True)).peak > light
+    assert train_peak(shape, Setting(), spec(), 0, Kept(Held(8), 4, True)).peak < light
+    assert train_peak(shape, Setting(), spec(), 48, Kept(Held(8), 4, False)).peak > light
+    assert train_peak(shape, Setting(Quantization.NF4), spec(), 48, Kept(Held(8), 4, True)).peak < light
 
 
 def test_the_breakdown_names_what_is_live() -> None:
-    found = train_peak(shape_of(SMALL), Setting(), spec(), 16, Kept(8, 4, True))
+    found = train_peak(shape_of(SMALL), Setting(), spec(), 16, Kept(Held(8), 4, True))
     rows = dict(found.rows)
     assert rows["weights"] == 8 * layer_bytes(shape_of(SMALL), Setting())
     assert rows["head"] == 49152 * 576 * 4

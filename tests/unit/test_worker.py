@@ -196,7 +196,7 @@ def test_an_allocation_beyond_the_cap_is_a_budget_error() -> None:
 
 
 def long_train(out: Path) -> TrainArgs:
-    return TrainArgs(assignment(replace(SPEC, steps=100_000)), (), str(out))
+    return TrainArgs(assignment(replace(SPEC, steps=20_000)), (), str(out))
 
 
 async def until_training(worker: Worker, out: Path) -> asyncio.Task[TrainResult]:

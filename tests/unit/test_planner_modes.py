@@ -1,0 +1,209 @@
+"""The planner's gradient modes: what each can hold, what it gives up for memory, and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from common.errors import BudgetError
+from common.types import Gradient, Part, ProbeSpec, Quantization, TrainSpec, UnitId, model_units
+from fp_client.fitting import LEAST, Problem, fit
+from fp_client.memory import MIB, Held, Setting, StreamPlan, layer_bytes, lora_bytes
+from fp_client.memory_stream import Streamed, boundary_total, streamed_peak
+from fp_client.pace import Pace, prepare_seconds, step_seconds
+from fp_client.planner import Limits, ModePlan, Plan, plan, plan_task
+from fp_client.shapes import CONFIGS, Shape, shape_of
+
+ALL = tuple(module.name for module in shape_of(CONFIGS["smollm2-135m"]).modules)
+SMALL, SEVEN = shape_of(CONFIGS["smollm2-135m"]), shape_of(CONFIGS["llama2-7b"])
+PROBE = ProbeSpec(batch_size=4, sequence_length=128)
+PACE = Pace(4, 0.02, 0.05, 0.03, 0.08, 0.004, 0.1, 0.05, 0.01)
+
+
+def spec(gradient: Gradient = Gradient.AUTO, **changes: Any) -> TrainSpec:
+    return replace(TrainSpec(10, 4, 128, 1e-4, 16, 32.0, ALL, 0, gradient=gradient), **changes)
+
+
+def planned(budget: int, gradient: Gradient = Gradient.AUTO, part: Part = Part.LAYER, **rest: Any) -> Plan:
+    limits, pace = rest.pop("limits", None), rest.pop("pace", None)
+    return plan(CONFIGS["smollm2-135m"], Setting(stored=2), spec(gradient, **rest), PROBE, 0, budget * MIB, 8, part, limits, pace)
+
+
+def mode(found: Plan, gradient: Gradient) -> ModePlan:
+    one = found.mode(gradient)
+    assert one is not None
+    return one
+
+
+def test_a_run_gets_the_modes_it_asks_for_and_the_budget_holds() -> None:
+    every = (Gradient.SUBMODEL, Gradient.STITCHED, Gradient.STREAMED)
+    assert tuple(c.gradient for c in planned(400).capacities) == every
+    assert [c.gradient for c in planned(400, Gradient.STITCHED).capacities] == [Gradient.STITCHED]
+    floors = dict(planned(0).smallest)
+    assert floors[Gradient.STREAMED] < floors[Gradient.SUBMODEL] < floors[Gradient.STITCHED]
+    between = -(-floors[Gradient.STREAMED] // MIB)
+    assert [c.gradient for c in planned(between).capacities] == [Gradient.STREAMED]
+    with pytest.raises(BudgetError) as caught:
+        planned(between - 2)
+    assert caught.value.smallest == floors[Gradient.STREAMED]
+
+
+def test_streaming_holds_more_units_than_a_submodel() -> None:
+    found = planned(300)
+    assert mode(found, Gradient.STREAMED).units == SMALL.layers > 3 * mode(found, Gradient.SUBMODEL).units
+    assert mode(found, Gradient.STITCHED).units <= mode(found, Gradient.SUBMODEL).units
+
+
+def test_without_a_bound_everything_useful_stays() -> None:
+    stream = mode(planned(0), Gradient.STREAMED).stream
+    assert stream == StreamPlan(resident=SMALL.layers, ahead=True, head=True, boundary_bytes=-1, prefix_bytes=-1)
+    assert mode(planned(0), Gradient.STITCHED).stream.boundary_bytes == -1
+
+
+def test_memory_goes_to_the_head_then_reading_ahead_then_layers_then_activations() -> None:
+    seen = []
+    for budget in range(102, 900, 4):
+        one = mode(planned(budget, Gradient.STREAMED), Gradient.STREAMED)
+        assert one.train.peak <= budget * MIB
+        if one.units == SMALL.layers and one.micro_batch == 4:
+            s = one.stream
+            seen.append((s.head, s.ahead, s.resident))
+            total = boundary_total(SMALL, Setting(stored=2), spec(), 0)
+            assert s.boundary_bytes == -1 or s.boundary_bytes <= total
+            if s.resident and s.resident < SMALL.layers:
+                more = replace(s, resident=s.resident + 1, boundary_bytes=0, prefix_bytes=0)
+                held = Streamed(Held(SMALL.layers), 0, 4)
+                assert streamed_peak(SMALL, Setting(stored=2), spec(), 0, held, more).peak > budget * MIB
+    assert seen[-1] == (True, True, SMALL.layers)
+    assert {head for head, _, _ in seen} == {False, True}
+
+
+def test_components_count_two_a_layer_and_any_draw_within_the_bytes_fits() -> None:
+    for gradient in (Gradient.SUBMODEL, Gradient.STITCHED, Gradient.STREAMED):
+        found = planned(330, gradient, Part.FFN)
+        one = found.modes[0]
+        assert len(found.unit_bytes) == 2 * SMALL.layers and one.units % 2 == 0
+        whole = planned(330, gradient).modes[0]
+        assert one.units <= 2 * whole.units
+        limit = one.units // 2 * sum(found.unit_bytes[:2])
+        units = model_units(Part.FFN, SMALL.layers)
+        for draw in (
+            [*units[: one.units]],
+            [*units[1::2], *units[::2]],
+            [*units[::2], *units[1::2]],
+            [*units[::-3], *units[::5]],
+        ):
+            taken: list[UnitId] = []
+            for unit in dict.fromkeys(draw):
+                size = sum(found.unit_bytes[2 * u.layer + (u.part is Part.FFN)] for u in [*taken, unit])
+                if len(taken) < one.units and size <= limit:
+                    taken.append(unit)
+            task = plan_task(SMALL, Setting(stored=2), spec(gradient), 0, taken, one.micro_batch, one.checkpointing, 330 * MIB)
+            assert task.peak <= 330 * MIB
+
+
+def test_two_attention_blocks_cost_less_than_two_feed_forwards() -> None:
+    def peak(gradient: Gradient, part: Part) -> int:
+        units = [UnitId(3, part), UnitId(9, part)]
+        return plan_task(SMALL, Setting(), spec(gradient), 16, units, 4, True, 0).peak
+
+    def both(gradient: Gradient) -> int:
+        units = [UnitId(layer, part) for layer in (3, 9) for part in (Part.ATTENTION, Part.FFN)]
+        return plan_task(SMALL, Setting(), spec(gradient), 16, units, 4, True, 0).peak
+
+    for gradient in (Gradient.SUBMODEL, Gradient.STITCHED, Gradient.STREAMED):
+        assert peak(gradient, Part.ATTENTION) < peak(gradient, Part.FFN) < both(gradient)
+        whole = plan_task(SMALL, Setting(), spec(gradient), 16, [UnitId(3), UnitId(9)], 4, True, 0).peak
+        assert both(gradient) == whole
+    for setting in (Setting(), Setting(Quantization.NF4)):
+        parts = sum(layer_bytes(SEVEN, setting, part) for part in (Part.ATTENTION, Part.FFN))
+        assert parts == layer_bytes(SEVEN, setting)
+
+
+@pytest.mark.parametrize("shape", [SMALL, SEVEN], ids=["small", "7b"])
+@pytest.mark.parametrize("low", [0, 5, 29])
+def test_every_assignment_of_as_many_units_fits(shape: Shape, low: int) -> None:
+    setting = Setting(Quantization.NF4, 2, 2)
+    name = "smollm2-135m" if shape is SMALL else "llama2-7b"
+    for gradient in (Gradient.STITCHED, Gradient.STREAMED):
+        for budget in (260, 700, 1500):
+            try:
+                one = plan(CONFIGS[name], setting, spec(gradient), PROBE, 16, budget * MIB, 8).modes[0]
+            except BudgetError:
+                continue
+            units = [UnitId(i) for i in range(low, shape.layers)][: one.units]
+            task = plan_task(shape, setting, spec(gradient), 16, units, one.micro_batch, one.checkpointing, budget * MIB)
+            assert task.peak <= budget * MIB
+            assert task.stream.resident <= shape.layers - low
+
+
+def test_an_update_limit_bounds_the_units() -> None:
+    one = lora_bytes(SMALL, spec())
+    for part, factor in ((Part.LAYER, 1), (Part.FFN, 2)):
+        found = planned(0, part=part, limits=Limits(update_bytes=8 * one + 1))
+        assert [m.units for m in found.modes] == [8 * factor] * 3
+
+
+def test_a_step_limit_bounds_the_units_where_units_cost_time() -> None:
+    free = planned(0, pace=PACE)
+    times = {m.gradient: m.step_seconds for m in free.modes}
+    assert 0 < times[Gradient.SUBMODEL] < times[Gradient.STREAMED] and times[Gradient.STITCHED] == times[Gradient.SUBMODEL]
+    limit = times[Gradient.SUBMODEL] / 2
+    held = planned(0, pace=PACE, limits=Limits(step_seconds=limit))
+    half = mode(held, Gradient.SUBMODEL)
+    assert 0.8 * limit < half.step_seconds <= limit and 10 <= half.units < 16
+    # Streamed steps pay for all layers: not even one unit is fast enough, and the honest time says so.
+    one = mode(held, Gradient.STREAMED)
+    assert one.units == 1 and one.step_seconds > limit
+    assert [m.units for m in planned(0, limits=Limits(step_seconds=limit)).modes] == [30] * 3  # an unknown pace bounds nothing
+
+
+def test_what_saves_memory_costs_time() -> None:
+    setting, held = Setting(), Held(8)
+
+    def seconds(**changes: Any) -> float:
+        full = StreamPlan(resident=30, ahead=True)
+        return step_seconds(SMALL, setting, spec(Gradient.STREAMED), PACE, held, 4, True, replace(full, **changes))
+
+    assert (
+        seconds() < seconds(resident=0, ahead=False) and seconds() < seconds(head=False) and seconds() < seconds(boundary_bytes=0)
+    )
+    assert seconds(resident=0) <= seconds(resident=0, ahead=False)
+    kept, again = (step_seconds(SMALL, setting, spec(Gradient.SUBMODEL), PACE, held, 4, c, LEAST) for c in (False, True))
+    assert again - kept == pytest.approx(8 * PACE.forward_lora)
+    low = step_seconds(SMALL, setting, spec(Gradient.STREAMED), PACE, held, 4, True, StreamPlan(), 20)
+    assert low < seconds(resident=0, ahead=False)
+    assert prepare_seconds(SMALL, spec(Gradient.STREAMED), PACE, StreamPlan(), 20) > 0
+    assert prepare_seconds(SMALL, spec(Gradient.SUBMODEL), PACE, StreamPlan()) == 0
+
+
+def test_recomputation_is_turned_on_where_an_assignment_would_not_fit_without() -> None:
+    problem = Problem(SMALL, Setting(), spec(Gradient.SUBMODEL), 0)
+    kept, again = (problem.peak(Held(8), 4, c, 0, 0, LEAST).peak for c in (False, True))
+    units = [UnitId(i) for i in range(8)]
+    task = plan_task(SMALL, Setting(), spec(Gradient.SUBMODEL), 0, units, 4, False, (kept + again) // 2)
+    assert task.checkpointing and task.peak == again
+    assert not plan_task(SMALL, Setting(), spec(Gradient.SUBMODEL), 0, units, 4, False, kept).checkpointing
+    with pytest.raises(BudgetError, match="the assignment of 8 units needs") as caught:
+        plan_task(SMALL, Setting(), spec(Gradient.SUBMODEL), 0, units, 4, False, again - 1)
+    assert caught.value.smallest == again
+
+
+def test_fidelity_needs_room_for_the_full_models_gradient() -> None:
+    assert (
+        dict(planned(0, Gradient.SUBMODEL, fidelity=True).smallest)[Gradient.SUBMODEL]
+        >= dict(planned(0).smallest)[Gradient.STREAMED]
+    )
+    units = [UnitId(29)]
+    with_it = plan_task(SMALL, Setting(), spec(Gradient.STREAMED, fidelity=True, steps=1), 0, units, 4, True, 0)
+    assert with_it.peak == plan_task(SMALL, Setting(), spec(Gradient.STREAMED, steps=1), 0, units, 4, True, 0).peak
+
+
+def test_a_stream_that_does_not_fit_is_no_fit() -> None:
+    problem = Problem(SEVEN, Setting(Quantization.NF4, 2, 2), spec(Gradient.STREAMED), 0)
+    least = problem.smallest(Held(1), 4, 0).peak
+    assert fit(problem, Held(1), 0, 0, (4,), least - 1) is None
+    found = fit(problem, Held(1), 0, 0, (4, 2, 1), least)
+    assert found is not None and found.micro_batch == 4 and found.estimate.peak <= least
