@@ -1,4 +1,4 @@
-"""FDLO and IALS on real weights and text: groups and probabilities of a real run, early and late (as the paper's Table 5).
+"""FDLO and IALS on real weights and text: groups and probabilities of a real run, early and late (as the paper's Tables 5 to 8).
 
     python benchmarks/groups.py --rounds 10 --units 12 --out docs/results/groups.md
 
@@ -43,11 +43,13 @@ alpha = 16
 steps = 5
 batch_size = 4
 sequence_length = 128
+gradient = "{gradient}"
 learning_rate = {lr}
 final_learning_rate = {lr}
 [probe]
 sample = "{sample}"
 [pruning]
+units = "{units}"
 eigenvectors = "{eigenvectors}"
 """
 CLIENT = """
@@ -90,10 +92,13 @@ def smallest_budget(fleet: Fleet, directory: Path, units: int) -> int:
 
 def table(member: dict[str, Any]) -> str:
     """One device's groups in one round, as Markdown."""
-    lines = ["| group | layers | selection probability | drawn |", "| --- | --- | --- | --- |"]
+    component = any(unit[-1] in "MN" for unit in member["units"])
+    what = "component" if component else "layer"
+    lines = [f"| group | {what}s | selection probability | drawn |", "| --- | --- | --- | --- |"]
     for number, (group, chances) in enumerate(zip(member["groups"], member["probabilities"], strict=True), 1):
         drawn = next(unit for unit in member["units"] if unit in group)
-        lines.append(f"| {number} | {', '.join(group)} | {', '.join(f'{p:.3f}' for p in chances)} | layer {drawn} |")
+        shown = ", ".join(f"{p:.3f}" for p in chances)
+        lines.append(f"| {number} | {', '.join(group)} | {shown} | {'' if component else 'layer '}{drawn} |")
     return "\n".join(lines)
 
 
@@ -103,6 +108,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--units", type=int, default=12)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--components", action="store_true", help="attention and feed-forward apart: twice as many groups")
+    parser.add_argument("--gradient", default="submodel", choices=["submodel", "stitched", "streamed"])
     parser.add_argument("--eigenvectors", default="k", choices=["k", "k-1"])
     parser.add_argument("--sample", default="clean", choices=["clean", "raw"])
     parser.add_argument("--out", type=Path)
@@ -142,7 +149,15 @@ def main() -> None:
             fleet.daemon(device, "fp-client", "run", "--dir", str(directory))
         run = HERE / "run.toml"
         run.write_text(
-            RUN.format(rounds=given.rounds, model=MODEL, lr=given.lr, eigenvectors=given.eigenvectors, sample=given.sample)
+            RUN.format(
+                rounds=given.rounds,
+                model=MODEL,
+                lr=given.lr,
+                eigenvectors=given.eigenvectors,
+                sample=given.sample,
+                units="component" if given.components else "layer",
+                gradient=given.gradient,
+            )
         )
         fleet.command("fp-server", "start", str(run), "--dir", server)
         status: dict[str, Any] = {}
