@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install model demo test check unit contract integration server-alone gpu bench bench-server bench-probe bench-planner bench-7b bench-groups lab lab-report proto format clean
+.PHONY: help install model demo test check unit contract integration server-alone gpu bench bench-server bench-probe bench-planner bench-7b bench-quarter bench-groups lab lab-report proto format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -80,6 +80,10 @@ bench-planner: $(STAMP) model
 bench-7b: $(STAMP) ## A LLaMA2-7B shape with random weights: probe and 12-layer step in NF4 (18 GB of disk, half an hour; resumes)
 	$(BIN)/python benchmarks/memory_probe.py probe --shape llama2-7b --dir .cache/shapes --quantization nf4 --dtype bfloat16 --rows 4 --length 512
 	$(BIN)/python benchmarks/memory_probe.py train --shape llama2-7b --dir .cache/shapes --quantization nf4 --dtype bfloat16 --rows 1 --length 512 --units 12
+
+bench-quarter: $(STAMP) model ## Streamed and stitched training at 25 % of the baseline: a 7B shape in NF4 with random weights, and SmolLM2 at its least (18 GB of disk, an hour)
+	$(BIN)/python benchmarks/quarter.py --shape llama2-7b --dir .cache/shapes
+	$(BIN)/python benchmarks/quarter.py --model $(MODEL) --rows 4 --length 128 --dtype float32 --quantization none --smallest
 
 bench-groups: $(STAMP) model ## FDLO groups and IALS probabilities of a real run, early and late
 	$(BIN)/python benchmarks/groups.py

@@ -20,10 +20,22 @@ import pytest
 from common.blocks import read_blocks, write_blocks
 from common.codec import to_json
 from common.errors import BudgetError, DataError, ModelError, ProtocolError, WorkerError
-from common.types import Assignment, LoraBlock, ProbeReport, ProbeSpec, ProbeTask, Quantization, TaskKey, TrainSpec, UnitId
+from common.types import (
+    Assignment,
+    Gradient,
+    LoraBlock,
+    ProbeReport,
+    ProbeSpec,
+    ProbeTask,
+    Quantization,
+    TaskKey,
+    TrainSpec,
+    UnitId,
+)
 from fp_client import pool as pool_module
 from fp_client.data import DataSource
-from fp_client.messages import AdapterFile, CheckArgs, CheckResult, ProbeArgs, TrainArgs, TrainResult, WorkerConfig
+from fp_client.messages import AdapterFile, CheckArgs, CheckResult, PaceArgs, ProbeArgs, TrainArgs, TrainResult, WorkerConfig
+from fp_client.pace import Pace
 from fp_client.pool import Worker, worker_environment
 from tests.unit import device, tiny
 
@@ -320,3 +332,22 @@ def test_what_libraries_print_does_not_get_into_the_messages(
         assert (await worker.run("check", CheckArgs(256), CheckResult)).samples == 38
 
     with_worker(config, body)
+
+
+def test_the_pace_is_measured_and_predicts_a_step(config: WorkerConfig, tmp_path: Path) -> None:
+    async def body(worker: Worker) -> tuple[Pace, TrainResult]:
+        pace = await worker.run("pace", PaceArgs(SPEC, 4, 2), Pace)
+        args = TrainArgs(assignment(replace(SPEC, gradient=Gradient.STREAMED)), (), str(tmp_path / "update"), pace)
+        return pace, await worker.run("train", args, TrainResult)
+
+    pace, result = with_worker(config, body)
+    assert pace.rows == 2 and min(vars(pace).values()) > 0
+    metrics = result.metrics
+    assert metrics.predicted_step_seconds > 0 and metrics.step_seconds > 0
+    # Milliseconds on a machine that does other things: only the order of magnitude can be held to.
+    assert metrics.predicted_step_seconds / 20 < metrics.step_seconds < metrics.predicted_step_seconds * 20
+
+
+def test_the_pace_of_a_model_whose_targets_are_not_there(config: WorkerConfig) -> None:
+    with pytest.raises(ProtocolError, match="no linear module"):
+        with_worker(config, lambda worker: worker.run("pace", PaceArgs(replace(SPEC, targets=("mlp.c_fc",)), 0, 2), Pace))
