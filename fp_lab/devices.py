@@ -16,7 +16,6 @@ from common.tensorfile import ITEMSIZE
 from common.types import (
     Assignment,
     Capacity,
-    Gradient,
     ModelManifest,
     PlanReport,
     ProbeReport,
@@ -32,7 +31,7 @@ from fp_client.batches import Dataset, heldout_batches
 from fp_client.data import DataSource, Split, open_rows
 from fp_client.memory import Setting
 from fp_client.messages import AdapterFile, CheckArgs, ProbeArgs, TrainArgs, WorkerConfig
-from fp_client.planner import Plan, plan
+from fp_client.planner import Limits, Plan, plan
 from fp_client.probe import probe
 from fp_client.tasks import AdapterFiles, OnProgress, Tasks, check_finite, collecting
 from fp_client.template import Encoded, encode
@@ -125,7 +124,10 @@ class Fleet:
 
     def planned(self, spec: RunSpec, row: Row) -> Plan:
         """What a device's planner says. Raises BudgetError when the row's budget holds nothing."""
-        return plan(self._config, self._setting, spec.train, spec.probe, spec.broadcast_rank, row.budget, 1)
+        return plan(
+            self._config, self._setting, spec.train, spec.probe, spec.broadcast_rank, row.budget, 1, spec.part,
+            Limits(spec.update_bytes, spec.step_seconds),
+        )  # fmt: skip
 
     def evaluate(self, adapter: Mapping[int, Path], cache: Path, progress: OnProgress) -> Evaluation:
         """The full model with a broadcast adapter (a file a layer) on the held-out rows, by the probe's path."""
@@ -180,14 +182,10 @@ class JobDevices:
         )  # fmt: skip
 
     def _capacities(self, planned: Plan, spec: RunSpec) -> tuple[Capacity, ...]:
-        held: tuple[Capacity, ...] = (planned.capacity,)
         if self._row.units is None:
-            return held
-        gradient = spec.train.gradient
-        if not self._row.budget and gradient is not Gradient.AUTO and all(one.gradient is not gradient for one in held):
-            held = (*held, replace(planned.capacity, gradient=gradient))
+            return planned.capacities
         most = self._row.units * len(model_units(spec.part, 1))
-        return tuple(replace(one, units=min(one.units, most)) for one in held)
+        return tuple(replace(one, units=min(one.units, most)) for one in planned.capacities)
 
     def probe(self, device: str, task: ProbeTask) -> ProbeReport:
         """A device's probe of the full model."""

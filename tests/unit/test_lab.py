@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.errors import BudgetError, ConfigError
+from common.types import Capacity, Gradient, RunSpec
+from fp_client.planner import Plan
 from fp_lab.devices import Fleet, JobDevices
 from fp_lab.experiment import Experiment, load_experiment
 from fp_lab.job import Job, Stopped, locked
@@ -258,9 +261,24 @@ def test_a_budget_that_holds_nothing_is_said(experiment: Experiment, fleet: Flee
 def test_a_mode_no_device_offers_is_said(
     experiment: Experiment, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(JobDevices, "_capacities", lambda self, planned, spec: (planned.capacity,))
+    def submodel(self: JobDevices, planned: Plan, spec: RunSpec) -> tuple[Capacity, ...]:
+        return (replace(planned.capacities[0], gradient=Gradient.SUBMODEL),)
+
+    monkeypatch.setattr(JobDevices, "_capacities", submodel)
     with (
         closing(job(experiment, fleet, tmp_path, train={"gradient": "stitched"})) as one,
         pytest.raises(ConfigError, match=r'd00 can.t train with gradient = "stitched" \(it can with: submodel\)'),
     ):
         one.run()
+
+
+@pytest.mark.parametrize("gradient", ["stitched", "streamed", "auto"])
+@pytest.mark.parametrize("units", ["layer", "component"])
+def test_every_mode_and_kind_of_unit(experiment: Experiment, fleet: Fleet, tmp_path: Path, gradient: str, units: str) -> None:
+    changes = {"train": {"gradient": gradient, "fidelity": True}, "pruning": {"units": units}}
+    with closing(job(experiment, fleet, tmp_path, **changes)) as one:
+        one.run(1)
+    for found in read(tmp_path / "results.jsonl")[1]["devices"].values():
+        assert len(found["units"]) == (3 if units == "layer" else 6) and -1 <= found["fidelity"] <= 1.0001
+        assert found["gradient"] == ("streamed" if gradient == "auto" else gradient)
+        assert found["gradient"] != "streamed" or found["fidelity"] > 0.999

@@ -83,7 +83,8 @@ def test_the_gradient_is_the_whole_models(family: str, units: tuple[UnitId, ...]
 
 
 @pytest.mark.parametrize(
-    "changes", [{"resident": 2}, {"ahead": True}, {"ahead": True, "resident": 6}, {"boundary_bytes": 0}, {"boundary_bytes": 20_000}]
+    "changes",
+    [{"resident": 2}, {"ahead": True}, {"ahead": True, "resident": 6}, {"boundary_bytes": 0}, {"boundary_bytes": 20_000}],
 )
 def test_what_stays_in_memory_changes_no_bit(changes: dict[str, Any], tmp_path: Path) -> None:
     directory, rows = tiny.make("llama", tmp_path), tiny.batch()
