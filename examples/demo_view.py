@@ -178,7 +178,7 @@ def _round(entry: Mapping[str, Any], status: Status) -> Table:
     table.add_column("layers drawn, one a group", ratio=1, min_width=26)
     for name in ("up", "budget", "predicted", "measured"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("submodel loss", no_wrap=True)
+    table.add_column("training loss", no_wrap=True)
     for device, member in _by_budget(entry, status):
         if "update_bytes" not in member:
             table.add_row(device, "", Text(member.get("message", member["stage"]), style="red"), "", "", "", "", "")
@@ -213,7 +213,7 @@ def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, float]) -> Te
     last = sum(m["loss_last"] for m in members) / len(members)
     text = Text.assemble(("What the losses say. ", "bold"))
     text.append(
-        f"Within a round the submodels' own training loss went from {first:.2f} at the first step to {last:.2f} at the last, on "
+        f"Within a round the training loss went from {first:.2f} at the first step to {last:.2f} at the last, on "
         "average; each is one batch, so a few tenths are noise. "
     )
     ends = [known.get(0), known.get(trained[-1]["round"])]
@@ -224,8 +224,8 @@ def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, float]) -> Te
     word = "improved" if change < -STILL else "got worse" if change > STILL else "hardly moved"
     text.append(f"The full model's held-out loss {word}: {ends[0]:.4f} → {ends[1]:.4f} ({change:+.4f}). ", style="bold")
     text.append(
-        "Only the full model's figure counts. This version trains by the plain submodel gradient, as the paper describes it; "
-        "on real weights that gradient says little about the full model's, and a falling submodel loss is no sign that the "
-        "full model learns."
+        "Each device trained its layers with the full model's gradient, streamed a layer at a time within its budget. With "
+        'gradient = "submodel", the paper\'s, the layers left out are skipped in training too; on real weights that gradient '
+        "has little to do with the full model's, and the full model hardly learns."
     )
     return text

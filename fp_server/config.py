@@ -141,7 +141,7 @@ class LoraSection(Section):
 class TrainSection(Section):
     """``[train]``."""
 
-    gradient: Gradient = Gradient.SUBMODEL
+    gradient: Gradient = Gradient.AUTO
     step_seconds: float = Field(0.0, ge=0)
     """The longest a training step may take; devices plan for it, and "auto" chooses by it. 0: no limit."""
     fidelity: bool = False

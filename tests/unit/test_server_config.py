@@ -105,13 +105,13 @@ def test_the_learning_rate_is_a_cosine_over_the_rounds():
 
 def test_what_the_run_file_says_of_the_gradient_reaches_the_devices():
     run = config(
-        "[train]\ngradient = 'auto'\nstep_seconds = 2.5\nfidelity = true\n"
+        "[train]\ngradient = 'stitched'\nstep_seconds = 2.5\nfidelity = true\n"
         "[limits]\nupdate_bytes = 1000000\n[pruning]\nunits = 'component'\n"
     ).run_spec(MANIFEST)
-    assert (run.train.gradient, run.step_seconds, run.update_bytes, run.train.fidelity) == (Gradient.AUTO, 2.5, 10**6, True)
+    assert (run.train.gradient, run.step_seconds, run.update_bytes, run.train.fidelity) == (Gradient.STITCHED, 2.5, 10**6, True)
     assert run.part is run.probe.part is not Part.LAYER
     plain = config().run_spec(MANIFEST)
-    assert (plain.train.gradient, plain.step_seconds, plain.update_bytes) == (Gradient.SUBMODEL, 0.0, 0)
+    assert (plain.train.gradient, plain.step_seconds, plain.update_bytes) == (Gradient.AUTO, 0.0, 0)
     assert (plain.train.fidelity, plain.part) == (False, Part.LAYER)
 
 
