@@ -185,7 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=ROOT / ".cache" / "random")
     parser.add_argument("--results", type=Path, default=ROOT / ".cache" / "planner.jsonl")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="one setting by its name, or all whose names hold this text")
     parser.add_argument("--redo", action="store_true", help="forget earlier results")
     parser.add_argument("--seven", action="store_true", help="the LLaMA2-7B shape too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -201,7 +201,8 @@ def main() -> int:
     broken = 0
     print(f"{'setting':66} {'plan':32} {'worst moment':26} {'predicted':>8} {'measured':>8} {'over':>7} {'ratio':>6}   (MiB)")
     seven_rows()
-    cases = [case for case in (*CASES, *(SEVEN if given.seven else ())) if given.only in case.name]
+    every = (*CASES, *(SEVEN if given.seven else ()))
+    cases = [case for case in every if given.only == case.name] or [case for case in every if given.only in case.name]
     for kind in ("train", "probe"):
         for case in cases:
             if kind == "probe" and not case.probe:
