@@ -32,7 +32,7 @@ from fp_client.memory import (
 )
 from fp_client.shapes import Shape
 
-OVERHEAD_STREAM = 8 * MIB
+OVERHEAD_STREAM = 2 * MIB
 """Modules of all layers without weights, the reading thread, the heap between layers that come and go."""
 LENGTHS = 8
 """Row lengths whose masks and positions are kept (`fp_client.stream.LENGTHS`)."""
