@@ -213,37 +213,39 @@ def _memory(mode: dict[str, Any]) -> str:
     if mode["gradient"] == Gradient.STITCHED.value:
         return ", ".join(text for text in ("checkpointed" if mode["checkpointing"] else "", spilled) if text)
     head = "" if stream["head_resident"] else "head in blocks"
-    stay = f"{stream['resident_layers']} stay" if stream["resident_layers"] else ""
-    return ", ".join(text for text in (stay, "ahead" if stream["read_ahead"] else "", head, spilled) if text)
+    stay = f"{stream['resident_layers']} layers stay" if stream["resident_layers"] else ""
+    return ", ".join(text for text in (stay, "reads ahead" if stream["read_ahead"] else "", head, spilled) if text)
 
 
 def _show(rows: list[dict[str, Any]], limit: int, device: str) -> None:
     table = Table(title=f"budget {human(limit) if limit else 'unbounded'} ({'VRAM' if device == 'cuda' else 'main memory'})")
-    for name in ("model", "gradient", "units", "micro", "peak", "a step", "in memory"):
-        table.add_column(
-            name, justify="left" if name in ("model", "gradient", "in memory") else "right", no_wrap=name != "in memory"
-        )
+    for name in ("model", "gradient", "units", "micro", "peak", "a step", "smallest"):
+        table.add_column(name, justify="left" if name in ("model", "gradient") else "right", no_wrap=name != "model")
     for row in rows:
         name = f"{row['model']} {row['quantization']}".removesuffix(" none")
         if not row["modes"]:
-            table.add_row(name, "", Text(f"0 of {row['of']}", "red"), "", "", "", f"needs {human(row['smallest_budget'])}")
+            table.add_row(name, "", Text(f"0 of {row['of']}", "red"), "", "", "", human(row["smallest_budget"]))
         for mode in row["modes"]:
             seconds = f"{mode['step_seconds']:.2f} s" if mode["step_seconds"] else ""
             table.add_row(
                 name, mode["gradient"], f"{mode['units']} of {row['of']}", str(mode["micro_batch"]), human(mode["peak"]), seconds,
-                _memory(mode),
+                human(row["smallest_budgets"][mode["gradient"]]),
             )  # fmt: skip
             name = ""
     out.print(table)
     for row in rows:
-        if "smallest_budgets" in row:
-            each = " + ".join(human(size) for size in row["unit_bytes"])
-            least = ", ".join(f"{mode} {human(size)}" for mode, size in row["smallest_budgets"].items())
-            out.print(f"{row['model']}: one more layer kept takes {each}; smallest budgets: {least}")
-        for name, task in [(mode["gradient"], mode["train"]) for mode in row["modes"]] + [("probe", row.get("probe"))]:
-            if task:
-                parts = ", ".join(f"{what} {human(size)}" for what, size in task["rows"].items() if size)
-                out.print(f"{row['model']}, {name}: {human(task['peak'])} at its worst ({task['moment']}): {parts}")
+        if "unit_bytes" in row:
+            out.print(f"{row['model']}: one more layer kept takes {' + '.join(human(size) for size in row['unit_bytes'])}")
+        for mode in row["modes"]:
+            chosen = _memory(mode)
+            out.print(_worst(row["model"], mode["gradient"] + (f" ({chosen})" if chosen else ""), mode["train"]))
+        if "probe" in row:
+            out.print(_worst(row["model"], "probe", row["probe"]))
+
+
+def _worst(model: str, name: str, task: dict[str, Any]) -> str:
+    parts = ", ".join(f"{what} {human(size)}" for what, size in task["rows"].items() if size)
+    return f"{model}, {name}: {human(task['peak'])} at its worst ({task['moment']}): {parts}"
 
 
 def register(app: typer.Typer) -> None:
