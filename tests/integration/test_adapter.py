@@ -53,7 +53,9 @@ def test_export_and_merge_equal_the_ledger(federate: Callable[..., Federation], 
     for seed, (device, budget) in enumerate({"small": "260MB", "large": "420MB"}.items()):
         federation.add_device(device, write_data(federation.root / f"{device}.jsonl", 24, seed), budget)
         federation.start_device(device)
-    federation.run_cli("fp-server", "start", federation.run_file("run"), "--dir", federation.server_dir)
+    federation.run_cli(
+        "fp-server", "start", federation.run_file("run", train='gradient = "submodel"'), "--dir", federation.server_dir
+    )
     status = federation.wait_state(seconds=280)
     units = {len(m["units"]) for m in status["history"][0]["devices"].values()}
     assert len(units) == 2, "two budgets, two depths"

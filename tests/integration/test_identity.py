@@ -11,7 +11,17 @@ from tests.integration.federation import Federation, write_data
 
 Federate = Callable[..., Federation]
 DEVICES = {"alpha": "115MB", "beta": "400MB"}
-ROUNDS = {"fresh": "", "global": 'start = "global"'}
+RUNS = {
+    "default": {},
+    "submodel": {"train": 'gradient = "submodel"'},
+    "stitched components": {"train": 'gradient = "stitched"', "pruning": 'units = "component"'},
+    "streamed components": {
+        "lora": 'start = "global"', "train": 'gradient = "streamed"\nfidelity = true', "pruning": 'units = "component"',
+        "limits": "update_bytes = 140_000",
+    },
+}  # fmt: skip
+"""What a run file says, by name."""
+MODES = {"default": "streamed", "submodel": "submodel", "stitched components": "stitched", "streamed components": "streamed"}
 
 
 def prepare(federate: Federate, model: Path, name: str) -> Federation:
@@ -23,25 +33,31 @@ def prepare(federate: Federate, model: Path, name: str) -> Federation:
     return federation
 
 
-def undisturbed(federate: Federate, model: Path, start: str, name: str) -> dict[str, str]:
+def undisturbed(federate: Federate, model: Path, kind: str, name: str) -> dict[str, str]:
     federation = prepare(federate, model, name)
-    federation.run_cli("fp-server", "start", federation.run_file("run", lora=ROUNDS[start]), "--dir", federation.server_dir)
-    federation.wait_state()
+    federation.run_cli("fp-server", "start", federation.run_file("run", **RUNS[kind]), "--dir", federation.server_dir)
+    status = federation.wait_state()
     federation.close()
+    members = [member for entry in status["history"] for member in entry["devices"].values() if "gradient" in member]
+    assert members and {member["gradient"] for member in members} == {MODES[kind]}
+    if kind.endswith("components"):
+        assert {unit[-1] for member in members for unit in member["units"]} == {"M", "N"}
+    if kind == "streamed components":
+        assert all(member["fidelity"] == pytest.approx(1.0, abs=1e-6) and len(member["units"]) == 4 for member in members)
     return federation.ledger("run")
 
 
-@pytest.mark.parametrize("start", ["fresh", "global"])
-def test_two_runs_give_the_same_bytes(federate: Federate, tiny_model: Path, start: str) -> None:
-    first = undisturbed(federate, tiny_model, start, "first")
-    second = undisturbed(federate, tiny_model, start, "second")
+@pytest.mark.parametrize("kind", ["default", "stitched components", "streamed components"])
+def test_two_runs_give_the_same_bytes(federate: Federate, tiny_model: Path, kind: str) -> None:
+    first = undisturbed(federate, tiny_model, kind, "first")
+    second = undisturbed(federate, tiny_model, kind, "second")
     assert first and first == second
 
 
 def test_kills_in_mid_round_change_nothing(federate: Federate, tiny_model: Path) -> None:
-    expected = undisturbed(federate, tiny_model, "fresh", "calm")
+    expected = undisturbed(federate, tiny_model, "submodel", "calm")
     federation = prepare(federate, tiny_model, "stormy")
-    federation.run_cli("fp-server", "start", federation.run_file("run"), "--dir", federation.server_dir)
+    federation.run_cli("fp-server", "start", federation.run_file("run", **RUNS["submodel"]), "--dir", federation.server_dir)
     federation.wait_stage("alpha", "probing", "choosing", "training")
     federation.kill("alpha")  # in mid-round: its worker must end with it, its task must come again
     federation.kill("server")
