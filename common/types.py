@@ -353,7 +353,7 @@ class UpdateReady:
 
 @dataclass(frozen=True)
 class Progress:
-    """A sign of life from a task: `done` of `total` in `phase` (steps, units or bytes)."""
+    """A sign of life from a task: `done` of `total` in `phase` (rows, layers or bytes); `total` 0: unknown."""
 
     key: TaskKey
     phase: str

@@ -15,7 +15,7 @@ STILL = 0.01
 """A smaller change of a loss than this is called no change: the held-out set is some 1,200 tokens."""
 DOING = {
     "": "waits", "fetch": "fetches", "probe": "probes the full model", "load": "loads its layers", "train": "trains",
-    "push": "uploads",
+    "fidelity": "compares its gradient", "push": "uploads",
 }  # fmt: skip
 
 
@@ -90,8 +90,9 @@ def _bar(status: Status, device: str, width: int = 16) -> str:
     progress: Mapping[str, int] | None = (current["devices"].get(device) or {}).get("progress") if current else None
     if progress is None or not progress["total"]:
         return ""
-    filled = round(width * min(1.0, progress["done"] / progress["total"]))
-    return "━" * filled + "·" * (width - filled) + f" {progress['done']}/{progress['total']}"
+    share = min(1.0, progress["done"] / progress["total"])
+    filled = round(width * share)
+    return "━" * filled + "·" * (width - filled) + f" {int(100 * share)} %"
 
 
 def live(status: Status | None, budgets: Mapping[str, str], elapsed: float) -> RenderableType:

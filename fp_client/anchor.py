@@ -81,30 +81,52 @@ class Anchored:
         """The LoRA factors to train."""
         return self.submodel.trainable
 
+    @property
+    def marks(self) -> int:
+        """Progress of a step: its rows."""
+        return self._spec.batch_size
+
     def begin(self, batches: Sequence[Batch], micro_batch: int) -> None:
         """One forward pass of the full model over the round's rows, then the submodel is loaded."""
         self._changes.close()
         parts = {
             (step, j): part for step, batch in enumerate(batches) for j, part in enumerate(micro_batches(batch, micro_batch))
         }
-        full = FullModel(self._loader, self._adapter, self._plan, head=False)
-        with torch.no_grad():
-            self._pass(full, parts)
-        full.close()
+        layers = -(-max((gap.stop for gap in self._anchors), default=0) // 2)
+        self._pass(parts, layers)
         if self._submodel is None:
             blocks = (block for layer in sorted(self._kept) for block in self._adapter.get(layer, ()))
             self._submodel = load_submodel(
-                self._loader, self._units, self._spec, blocks, self._checkpointing, self._progress, self._anchors
-            )
+                self._loader, self._units, self._spec, blocks, self._checkpointing,
+                self._going_on(layers * len(parts)), self._anchors,
+            )  # fmt: skip
 
-    def _pass(self, full: FullModel, parts: Mapping[Row, Batch]) -> None:
-        last = max((gap.stop for gap in self._anchors), default=0)
+    def _going_on(self, before: int) -> Progress | None:
+        """Progress of the submodel, whose loading goes on counting where the pass over the full model ended."""
+        if (progress := self._progress) is None:
+            return None
+
+        def told(phase: str, done: int, total: int) -> None:
+            more = before if phase == "load" else 0
+            progress(phase, done + more, total + more)
+
+        return told
+
+    @torch.no_grad()
+    def _pass(self, parts: Mapping[Row, Batch], total: int) -> None:
+        """The full model's first `total` layers over all rows. Nothing of it is left but the changes."""
+        full = FullModel(self._loader, self._adapter, self._plan, head=False)
+        try:
+            self._flow(full, parts, total)
+        finally:
+            full.close()
+
+    def _flow(self, full: FullModel, parts: Mapping[Row, Batch], total: int) -> None:
         edges = {edge for gap in self._anchors for edge in (gap.start, gap.stop)}
-        total = -(-last // 2)
         for index in range(total):
             layer = full.layers.acquire(index, index + 1 if index + 1 < total else None)
             halves = (Part.FFN, Part.ATTENTION) if 2 * index + 1 in edges else (None,)
-            for key, part in parts.items():
+            for number, (key, part) in enumerate(parts.items()):
                 if index == 0:
                     self._changes.put(key, full.embedded(part))
                     self._edge(0, key)
@@ -118,8 +140,9 @@ class Anchored:
                         hidden = self._changes.take(key)
                 self._changes.put(key, hidden)
                 self._edge(2 * index + 2, key)
-            if self._progress is not None:
-                self._progress("load", index + 1, total + len(self._kept))
+                if self._progress is not None:
+                    done = index * len(parts) + number + 1
+                    self._progress("load", done, total * len(parts) + len(self._kept))
         for key in parts if total else ():
             self._changes.take(key)
 
@@ -133,7 +156,7 @@ class Anchored:
 
     def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
         """Add the stitched submodel's gradient of the mean over `counted` response tokens; returns the summed loss."""
-        total = 0.0
+        total, rows = 0.0, 0
         for j, part in enumerate(micro_batches(batch, micro_batch)):
             for gap, anchor in self._anchors.items():
                 anchor.change = self._changes.get((gap, step, j))
@@ -144,6 +167,7 @@ class Anchored:
             del loss
             for anchor in self._anchors.values():
                 anchor.change = None
+            self.submodel.passed(step, rows := rows + len(part["labels"]))
         return total
 
     def blocks(self) -> list[LoraBlock]:

@@ -9,6 +9,7 @@ checkpointed step with everything in memory computes, in the same order.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -206,8 +207,21 @@ class Streamed:
             present = list(adapter.get(index, ()))
             self.trainable += inject(layer, spec, starting(layer, index, kept, spec, present), loader.device)
             loader.release(layer)
-            if progress is not None:
-                progress("load", number + 1, len(self.assigned))
+            self._loaded(number + 1)
+
+    @property
+    def marks(self) -> int:
+        """Progress of a step: the layers it passes, forward and back."""
+        return 2 * (self.full.count - self.low)
+
+    def _loaded(self, done: int) -> None:
+        # One count for LoRA and prefix: what is reported must only grow.
+        if self.progress is not None:
+            self.progress("load", done, len(self.assigned) + self.low * self.spec.steps)
+
+    def _passed(self, step: int, done: int) -> None:
+        if self.progress is not None:
+            self.progress("train", step * self.marks + done, self.spec.steps * self.marks)
 
     @contextmanager
     def _same_noise(self, *where: int) -> Iterator[None]:
@@ -216,7 +230,8 @@ class Streamed:
             yield
             return
         with torch.random.fork_rng(devices=[self.loader.device] if self.loader.device.type == "cuda" else []):
-            torch.manual_seed(hash((self.spec.seed, *where)) & (2**63 - 1))
+            digest = hashlib.sha256("/".join(map(str, (self.spec.seed, *where))).encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
             yield
 
     # -- a round -------------------------------------------------------------------------------------
@@ -225,17 +240,16 @@ class Streamed:
         """Take all rows of the round through the layers below the lowest assigned one, once."""
         if self.low == 0:
             return
-        parts = [
-            (step, j, part) for step, batch in enumerate(batches) for j, part in enumerate(micro_batches(batch, micro_batch))
-        ]
+        done = len(self.assigned)
         with torch.no_grad():
             for index in range(self.low):
                 layer = self.full.layers.acquire(index, index + 1)
-                for step, j, part in parts:
-                    before = self.full.embedded(part) if index == 0 else self._prefix.take((step, j))
-                    self._prefix.put((step, j), self.full.run(layer, index, before))
-                if self.progress is not None:
-                    self.progress("load", len(self.assigned) + index + 1, len(self.assigned) + self.low)
+                for step, batch in enumerate(batches):
+                    for j, part in enumerate(micro_batches(batch, micro_batch)):
+                        before = self.full.embedded(part) if index == 0 else self._prefix.take((step, j))
+                        self._prefix.put((step, j), self.full.run(layer, index, before))
+                    done += 1
+                    self._loaded(done)
 
     def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
         """Add the full model's gradient of the mean over `counted` response tokens; returns the summed loss."""
@@ -248,6 +262,7 @@ class Streamed:
                     self._boundaries.put((index, j), flowing[j])
                     with self._same_noise(step, j, index):
                         flowing[j] = self.full.run(layer, index, flowing[j])
+                self._passed(step, index + 1 - self.low)
         total, back = self._losses(flowing, parts, counted)
         del flowing
         for index in range(self.full.count - 1, self.low - 1, -1):
@@ -263,6 +278,7 @@ class Streamed:
                 torch.autograd.backward(after, signal)
                 back[j] = before.grad
                 del after, signal, before
+            self._passed(step, self.marks - (index - self.low))
         return total
 
     def _losses(self, final: list[torch.Tensor], parts: Sequence[Batch], counted: int) -> tuple[float, list[torch.Tensor | None]]:

@@ -1,5 +1,5 @@
 """A device's submodel (paper §3.1 step 4): the drawn units of the model, the others replaced by nothing at all,
-or, stitched, by a frozen surrogate that stands for the whole gap.
+or, stitched, by an anchor that adds what the full model adds over the whole gap (`anchor`).
 
 Kept layers stay at their original index, so that each keeps the attention pattern, the rotary choice and the
 position in the stack that the family gives that index.
@@ -34,7 +34,7 @@ class Pruned(nn.Module):
 
 
 class Stitched(nn.Module):
-    """A place in the stack with surrogates of the gaps that end before it or begin after it."""
+    """A place in the stack with the anchors of the gaps that end before it or begin after it."""
 
     def __init__(self, before: nn.Module | None, layer: nn.Module, after: nn.Module | None) -> None:
         super().__init__()
@@ -65,6 +65,7 @@ class Submodel:
     trainable: list[nn.Parameter]
     device: torch.device
     backbone_name: str
+    progress: Callable[[str, int, int], None] | None = None
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """(summed response-token loss, fp32 scalar with gradient; number of response tokens).
@@ -77,18 +78,29 @@ class Submodel:
         hidden, targets = response_positions(states, labels)
         return chunked_loss(hidden, self.head, targets, self.softcap), targets.numel()
 
+    @property
+    def marks(self) -> int:
+        """Progress of a step: its rows."""
+        return self.spec.batch_size
+
+    def passed(self, step: int, rows: int) -> None:
+        """Report that so many rows of a step are done."""
+        if self.progress is not None:
+            self.progress("train", step * self.marks + min(rows, self.marks), self.spec.steps * self.marks)
+
     def begin(self, batches: Sequence[Batch], micro_batch: int) -> None:
         """Nothing to prepare: what a step needs is in memory."""
 
     def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
         """Add the gradient of the mean over `counted` response tokens to the LoRA factors; returns the summed loss."""
-        total = 0.0
+        total, rows = 0.0, 0
         for part in micro_batches(batch, micro_batch):
             loss, found = self.loss(part)
             if found:
                 (loss / counted).backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             del loss
+            self.passed(step, rows := rows + len(part["labels"]))
         return total
 
     def blocks(self) -> list[LoraBlock]:
@@ -103,18 +115,18 @@ def load_submodel(
     adapter: Iterable[LoraBlock] = (),
     checkpointing: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
-    surrogates: Mapping[Gap, nn.Module] | None = None,
+    anchors: Mapping[Gap, nn.Module] | None = None,
 ) -> Submodel:
     """Load the drawn units, and only their tensors, with ΔW frozen on them and trainable LoRA on the targets.
 
-    `adapter`: the broadcast ΔW blocks (those of other units are ignored). `surrogates`: what stands in each gap
+    `adapter`: the broadcast ΔW blocks (those of other units are ignored). `anchors`: what stands in each gap
     (`units.gaps`); without them a gap is an identity. Raises ProtocolError for units or modules that this model does
     not have, ModelError for a damaged checkpoint.
     """
     model = loader.model()
     layers = loader.layers(model)
     assigned = keep(units, len(layers), spec.targets)
-    stitches = surrogates or {}
+    stitches = anchors or {}
     ledger = by_layer(adapter)
     trainable: list[nn.Parameter] = []
     kept: dict[int, nn.Module] = {}
@@ -138,7 +150,7 @@ def load_submodel(
         embedding.resident = head
     softcap = logit_softcap(model.config)
     targets = {index: here.targets for index, here in assigned.items()}
-    return Submodel(model, kept, targets, head, softcap, spec, trainable, loader.device, loader.family.backbone)
+    return Submodel(model, kept, targets, head, softcap, spec, trainable, loader.device, loader.family.backbone, progress)
 
 
 def _checkpoint(layer: Any) -> None:

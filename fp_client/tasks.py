@@ -43,7 +43,7 @@ from fp_client.probe import ProbeResult, probe
 from fp_client.shapes import shape_of
 from fp_client.template import IGNORE
 from fp_client.train import Trainer, check_spec, train
-from fp_client.trainers import open_trainer
+from fp_client.trainers import open_trainer, signs_of_life
 from fp_client.warmup import warm_up
 
 OnProgress = Callable[[str, int, int], None]
@@ -226,7 +226,7 @@ class Tasks:
             adapter = AdapterFiles(args.adapter)
             predicted = self._predicted(checkpoint, assignment, adapter, args.pace)
             batches = list(data.train_batches(rows, spec, self.tokenizer))
-            measured = self._fidelity(checkpoint, assignment, adapter, batches[0]) if spec.fidelity else None
+            measured = self._fidelity(checkpoint, assignment, adapter, batches[0], progress) if spec.fidelity else None
             with self._trainer(checkpoint, assignment, adapter, predicted, progress) as trainer:
                 found = train(trainer, batches, spec, assignment.micro_batch, progress)
             write_blocks(Path(args.out), found.blocks)
@@ -262,20 +262,29 @@ class Tasks:
         )  # fmt: skip
 
     def _gradient(
-        self, checkpoint: Checkpoint, assignment: Assignment, mode: Gradient, adapter: AdapterFiles, batch: data.Batch
+        self,
+        checkpoint: Checkpoint,
+        assignment: Assignment,
+        mode: Gradient,
+        adapter: AdapterFiles,
+        batch: data.Batch,
+        progress: OnProgress,
     ) -> tuple[list[torch.Tensor], float]:
         """(LoRA gradient, mean loss) of the assigned units on one batch in a mode; nothing of it stays loaded."""
         this = replace(assignment, spec=replace(assignment.spec, gradient=mode, dropout=0.0))
         predicted = self._predicted(checkpoint, this, adapter)
-        with self._trainer(checkpoint, this, adapter, predicted, lambda *_: None) as trainer:
+        with self._trainer(checkpoint, this, adapter, predicted, progress) as trainer:
             found = gradients(trainer, batch, this.micro_batch)
         self.forget()
         return found
 
-    def _fidelity(self, checkpoint: Checkpoint, assignment: Assignment, adapter: AdapterFiles, batch: data.Batch) -> Fidelity:
+    def _fidelity(
+        self, checkpoint: Checkpoint, assignment: Assignment, adapter: AdapterFiles, batch: data.Batch, progress: OnProgress
+    ) -> Fidelity:
         """The assignment's gradient against the full model's on one batch, one after the other."""
-        full, _ = self._gradient(checkpoint, assignment, Gradient.STREAMED, adapter, batch)
-        mine, _ = self._gradient(checkpoint, assignment, assignment.spec.gradient, adapter, batch)
+        signs = signs_of_life(progress, "fidelity")
+        full, _ = self._gradient(checkpoint, assignment, Gradient.STREAMED, adapter, batch, signs)
+        mine, _ = self._gradient(checkpoint, assignment, assignment.spec.gradient, adapter, batch, signs)
         return fidelity(mine, full, assignment.units, checkpoint.layers, assignment.spec)
 
     def fidelity(self, args: FidelityArgs, progress: OnProgress) -> FidelityResult:
@@ -285,11 +294,12 @@ class Tasks:
         assignment = Assignment(TaskKey("local", 0, 0), args.units, (), (), spec, (), spec.batch_size, True)
         adapter = AdapterFiles(())
         with self._checkpoint() as checkpoint:
-            full, loss = self._gradient(checkpoint, assignment, Gradient.STREAMED, adapter, batch)
+            signs = signs_of_life(progress, "fidelity")
+            full, loss = self._gradient(checkpoint, assignment, Gradient.STREAMED, adapter, batch, signs)
             progress("probe", 1, len(args.modes) + 1)
             rows = []
             for done, mode in enumerate(args.modes):
-                mine, seen = self._gradient(checkpoint, assignment, mode, adapter, batch)
+                mine, seen = self._gradient(checkpoint, assignment, mode, adapter, batch, signs)
                 found = fidelity(mine, full, args.units, checkpoint.layers, spec)
                 rows.append(ModeFidelity(mode, found.overall, found.units, seen))
                 progress("probe", done + 2, len(args.modes) + 1)

@@ -43,11 +43,18 @@ class Trainer(Protocol):
     def trainable(self) -> list[nn.Parameter]:
         """The LoRA factors to train; there once `begin` has returned."""
 
+    @property
+    def marks(self) -> int:
+        """How many marks of progress a step has: rows of a submodel, layers passed forward and back as a stream."""
+
     def begin(self, batches: Sequence[Batch], micro_batch: int) -> None:
         """Prepare what stays the same for all steps of the round."""
 
     def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
-        """Add the gradient of the mean over `counted` response tokens to the LoRA factors; returns the summed loss."""
+        """Add the gradient of the mean over `counted` response tokens to the LoRA factors; returns the summed loss.
+
+        Marks of progress within the step are reported from here: on a slow device a step takes long.
+        """
 
     def blocks(self) -> list[LoraBlock]:
         """The LoRA factors by global layer index and module, sorted."""
@@ -97,7 +104,7 @@ def train(
         tokens += int(batch["attention_mask"].sum())
         seconds.append(time.monotonic() - at)
         if progress is not None:
-            progress("train", step + 1, spec.steps)
+            progress("train", (step + 1) * trainer.marks, spec.steps * trainer.marks)
     whole = time.monotonic() - begin
     blocks = trainer.blocks()
     for block in blocks:

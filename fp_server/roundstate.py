@@ -8,7 +8,7 @@ from enum import StrEnum
 from fp_server import events as e
 from fp_server.commands import ProgressSeen
 
-PHASES = frozenset({"verify", "fetch", "load", "probe", "train", "push"})
+PHASES = frozenset({"verify", "fetch", "load", "probe", "fidelity", "train", "push"})
 """The phases a device may report progress in (docs/protocol.md)."""
 
 

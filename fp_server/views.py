@@ -29,6 +29,12 @@ def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def _progress(progress: dict[str, Any]) -> str:
+    """A device's phase and its share; what is counted differs from phase to phase."""
+    done, total = progress["done"], progress["total"]
+    return f"{progress['phase']} {100 * min(done, total) // total} %" if total else str(progress["phase"])
+
+
 def runs_table(runs: list[dict[str, Any]]) -> RenderableType:
     """All runs, newest first."""
     if not runs:
@@ -80,8 +86,7 @@ def _devices(status: dict[str, Any]) -> Table:
         if (member := current.get(name)) is not None:
             doing = member["stage"]
             if "progress" in member:
-                p = member["progress"]
-                doing += f" ({p['phase']} {p['done']}/{p['total']})"
+                doing += f" ({_progress(member['progress'])})"
             if "message" in member:
                 doing += f": {member['message']}"
         mark = Text("●", style="green" if device["connected"] else "red")
@@ -131,7 +136,7 @@ def _round_line(entry: dict[str, Any], loss: float | None) -> Text:
 
 
 def _round_table(entry: dict[str, Any]) -> Table:
-    table = Table("device", "units drawn", "up", "peak (planned)", "submodel loss", "", box=None, header_style="dim")
+    table = Table("device", "units drawn", "up", "peak (planned)", "training loss", "", box=None, header_style="dim")
     for device, member in entry["devices"].items():
         trained = "loss_last" in member
         peak = f"{size(member['measured_peak_bytes'])} ({size(member['predicted_peak_bytes'])})" if trained else ""

@@ -10,17 +10,19 @@ import pytest
 import torch
 
 from common.checkpoint import Checkpoint
+from common.errors import ModelError
 from common.types import Gradient, Part, TrainSpec, UnitId, component_units, layer_units
 from fp_client.anchor import Anchored
 from fp_client.families import FAMILIES, prune_component
 from fp_client.fidelity import fidelity, gradients
 from fp_client.loader import UnitLoader
 from fp_client.memory import StreamPlan
+from fp_client.stream import Streamed
 from fp_client.train import train
 from fp_client.trainers import open_trainer
 from fp_client.units import Gap, gaps
 from tests.unit import tiny
-from tests.unit.test_stream import COMPONENT_UNITS, LAYER_UNITS, shake, spec_of
+from tests.unit.test_stream import COMPONENT_UNITS, LAYER_UNITS, failing_at, readers, shake, spec_of
 
 
 def anchored(directory: Path, scratch: Path, units: tuple[UnitId, ...], spec: TrainSpec, **plan: Any) -> Anchored:
@@ -121,9 +123,26 @@ def test_all_units_and_no_gap_is_the_full_model(tmp_path: Path) -> None:
     directory, rows = tiny.make("llama", tmp_path), tiny.batch()
     trainer = anchored(directory, tmp_path / "spill", layer_units(tiny.LAYERS), spec_of(directory))
     trainer.begin([rows], 2)
-    shake(trainer)
+    whole = Streamed(UnitLoader(Checkpoint(directory)), layer_units(tiny.LAYERS), spec_of(directory), {}, StreamPlan(), tmp_path)
     counted = int((rows["labels"][:, 1:] != -100).sum())
-    assert trainer.gradients(0, rows, 2, counted) > 0
+    losses = []
+    for each in (trainer, whole):
+        shake(each)
+        losses.append(each.gradients(0, rows, 2, counted))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for mine, its in zip(trainer.trainable, whole.trainable, strict=True):
+        assert mine.grad is not None and its.grad is not None and its.grad.norm() > 0
+        assert (mine.grad - its.grad).norm() <= 1e-5 * its.grad.norm()
+
+
+def test_an_error_in_the_pass_leaves_no_thread(tmp_path: Path) -> None:
+    directory, rows = tiny.make("llama", tmp_path), tiny.batch()
+    loader = UnitLoader(Checkpoint(directory))
+    trainer = Anchored(loader, LAYER_UNITS, spec_of(directory), {}, StreamPlan(ahead=True), tmp_path / "spill")
+    failing_at(loader, 2)
+    with pytest.raises(ModelError, match="layer 3 is damaged") as caught:  # its traceback keeps the pass alive
+        trainer.begin([rows], 2)
+    assert readers() == [] and caught.tb is not None
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

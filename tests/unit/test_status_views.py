@@ -55,7 +55,7 @@ def test_a_round_under_way():
         "gradient": "submodel", "step_seconds": None,
     }  # fmt: skip
     text = shown(status_view(made))
-    assert "probing (probe 3/30)" in text and "r  round  fedpruner on toy, 0 of 2 rounds" in text
+    assert "probing (probe 10 %)" in text and "r  round  fedpruner on toy, 0 of 2 rounds" in text
 
 
 def test_a_whole_run_and_what_went_wrong_in_it():

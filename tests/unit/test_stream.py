@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from common.checkpoint import Checkpoint
-from common.types import LoraBlock, ModuleShape, Part, Quantization, Start, TrainSpec, UnitId
+from common.errors import ModelError
+from common.types import LoraBlock, Part, Quantization, Start, TrainSpec, UnitId
 from fp_client.families import FAMILIES
 from fp_client.loader import UnitLoader
 from fp_client.memory import StreamPlan
@@ -96,6 +98,35 @@ def test_what_stays_in_memory_changes_no_bit(changes: dict[str, Any], tmp_path: 
         trainer.close()
     assert results[0][0] == results[1][0]
     assert all(torch.equal(one, other) for one, other in zip(results[0][1], results[1][1], strict=True))
+
+
+def failing_at(loader: UnitLoader, damaged: int) -> None:
+    """The loader can't read that layer."""
+    materialise = loader.materialise
+
+    def read(layer: Any, index: int) -> None:
+        if index == damaged:
+            raise ModelError(f"layer {index + 1} is damaged")
+        materialise(layer, index)
+
+    loader.materialise = read  # type: ignore[method-assign]
+
+
+def readers() -> list[str]:
+    """The threads that read ahead."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_an_error_while_reading_ahead_reaches_the_caller(tmp_path: Path) -> None:
+    directory, rows = tiny.make("llama", tmp_path), tiny.batch()
+    trainer = streamed(directory, tmp_path / "spill", LAYER_UNITS, spec_of(directory), ahead=True)
+    failing_at(trainer.loader, 3)
+    trainer.begin([rows], 2)
+    assert readers()
+    with pytest.raises(ModelError, match="layer 4 is damaged"):
+        trainer.gradients(0, rows, 2, 5)
+    trainer.close()
+    assert readers() == []
 
 
 @pytest.mark.parametrize("units", [LAYER_UNITS, COMPONENT_UNITS], ids=["layers", "components"])

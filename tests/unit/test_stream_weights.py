@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from common.checkpoint import Checkpoint
 from common.types import Part, TrainSpec, UnitId
@@ -22,7 +21,13 @@ SMOLLM2 = Path(__file__).parents[2] / ".cache/models/SmolLM2-135M-Instruct"
 pytestmark = pytest.mark.weights
 
 LAYERS = tuple(UnitId(index) for index in (3, 14, 28))
-COMPONENTS = (UnitId(5, Part.FFN), UnitId(6, Part.ATTENTION), UnitId(20, Part.ATTENTION), UnitId(20, Part.FFN), UnitId(29, Part.FFN))
+COMPONENTS = (
+    UnitId(5, Part.FFN),
+    UnitId(6, Part.ATTENTION),
+    UnitId(20, Part.ATTENTION),
+    UnitId(20, Part.FFN),
+    UnitId(29, Part.FFN),
+)
 
 
 @pytest.fixture(autouse=True)

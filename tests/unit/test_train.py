@@ -116,7 +116,8 @@ def test_progress_and_running_out_of_batches(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     directory = tiny.make("llama", tmp_path)
     train(loaded(directory), BATCHES, SPEC, 4, lambda *event: seen.append(event))
-    assert seen == [("train", 1, 2), ("train", 2, 2)]
+    rows = SPEC.batch_size
+    assert seen == [("train", rows, 2 * rows), ("train", 2 * rows, 2 * rows)]
     with pytest.raises(DataError, match="only 1 batches, the round asks for 2"):
         train(loaded(directory), BATCHES[:1], SPEC, 4)
     empty = {**BATCHES[0], "labels": torch.full_like(BATCHES[0]["labels"], -100)}
