@@ -71,6 +71,9 @@ class Spill:
         else:
             at, _, _ = self._outside.pop(key)
             self._free.setdefault(out.numel() * out.itemsize, []).append(at)
+            if not self._outside:  # other sizes may come next (rows of another length), and places of these are no use to them
+                self._free.clear()
+                self.spilled = 0
         return out
 
     def _slot(self, size: int) -> int:
