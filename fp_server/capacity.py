@@ -11,6 +11,10 @@ FIDELITY = (Gradient.STREAMED, Gradient.STITCHED, Gradient.SUBMODEL)
 """The modes, the one whose gradient is nearest the full model's first."""
 
 
+LONGEST = 1e9
+"""Seconds: some thirty years. What a device says takes longer is no time."""
+
+
 def choose_capacity(report: PlanReport, gradient: Gradient, step_seconds: float) -> Capacity | None:
     """The capacity a device trains by: the run's mode, or for AUTO the choice among those it can hold.
 
@@ -65,8 +69,8 @@ def plan_problem(report: PlanReport, manifest: ModelManifest, units: Sequence[Un
     modes = [c.gradient for c in report.capacities]
     if Gradient.AUTO in modes or len(set(modes)) < len(modes):
         return "the plan has two capacities of one gradient mode, or one of 'auto'"
-    if any(c.step_seconds < 0 for c in report.capacities):
-        return "the plan has a negative step time"
+    if any(not 0 <= c.step_seconds <= LONGEST for c in report.capacities):
+        return f"the plan has a negative step time, or one above {LONGEST:.0e} seconds"
     if components and any(c.units % 2 for c in report.capacities):
         return "the plan has a capacity of an odd number of components; a whole layer counts as two"
     return "" if report.samples > 0 else "the device has no training examples"

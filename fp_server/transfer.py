@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc.aio
 
-from common.errors import FedPrunerError, NotFound, OffsetError, ProtocolError, StorageError
+from common.errors import FedPrunerError, NotFound, OffsetError, ProtocolError, StorageError, UpdateRejected
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer
@@ -19,7 +19,7 @@ from fp_server.coordinator import Coordinator
 from fp_server.identity import Authority
 from fp_server.objects import Arrival
 from fp_server.service import Context, caller
-from fp_server.validation import check_update, update_bytes_limit
+from fp_server.validation import check_metrics, check_update, update_bytes_limit
 
 
 class _Push:
@@ -109,6 +109,11 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         if machine.check_push(device, ready.key, ready.ref):
             return objects_pb2.PushReply(duplicate=True)
         assignment = machine.assignment(device, ready.key)
+        try:
+            check_metrics(ready.metrics)
+        except UpdateRejected as error:
+            await self._coordinator.reject(device, ready.key, error)
+            raise
         limit = update_bytes_limit(assignment, machine.manifest)
         if ready.ref.size > limit:
             text = f"the update announces {ready.ref.size} bytes; this assignment can't need more than {limit}"

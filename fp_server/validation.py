@@ -13,11 +13,13 @@ import numpy as np
 from common.blocks import key
 from common.errors import ModelError, UpdateRejected
 from common.tensorfile import TensorFile
-from common.types import Assignment, Factors, FloatArray, ModelManifest, unit_modules
+from common.types import Assignment, Factors, FloatArray, ModelManifest, UpdateMetrics, unit_modules
 from fp_server.lowrank import Float64
 
 HEADER_LIMIT = 8 << 20
 """Bytes an update's header may take: some fifty thousand tensors."""
+LARGEST = 1e12
+"""No honest loss, time or speed comes near."""
 REPRESENTABLE = 1e30
 """No update may be larger in norm, operator's limit or not: sums of them must stay finite in float32."""
 
@@ -79,6 +81,20 @@ def check_update(path: Path, assignment: Assignment, manifest: ModelManifest, ma
                     raise UpdateRejected(
                         f"tensor {module + '.lora_B'!r}: the update's norm is {norm:.4g}, at most {limit:.4g} counts"
                     )
+
+
+def check_metrics(metrics: UpdateMetrics) -> None:
+    """Raise UpdateRejected, naming the figure, for what can't have been measured: status shows and averages these."""
+    for name in ("tokens_per_second", "seconds", "predicted_step_seconds", "step_seconds"):
+        if not 0 <= (value := getattr(metrics, name)) <= LARGEST:
+            raise UpdateRejected(f"the update's {name} is {value:.4g}, it must lie between 0 and {LARGEST:.0e}")
+    for name in ("loss_first", "loss_last"):
+        if not abs(value := getattr(metrics, name)) <= LARGEST:
+            raise UpdateRejected(f"the update's {name} is {value:.4g}, at most {LARGEST:.0e} counts")
+    cosines = () if metrics.fidelity is None else (metrics.fidelity,)
+    for value in (*cosines, *metrics.unit_fidelity):
+        if not abs(value) <= 1.01:  # rounding may take a cosine a little over 1
+            raise UpdateRejected(f"the update's fidelity is {value:.4g}, a cosine lies between -1 and 1")
 
 
 def _gram(x: FloatArray) -> Float64:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 
 from common.errors import UpdateRejected
 from common.tensorfile import write_tensors
-from common.types import Assignment, Factors, ModelManifest, ModuleShape, TaskKey, TrainSpec, UnitId
-from fp_server.validation import check_update, expected_shapes
+from common.types import Assignment, Factors, ModelManifest, ModuleShape, TaskKey, TrainSpec, UnitId, UpdateMetrics
+from fp_server.validation import check_metrics, check_update, expected_shapes
 
 MODULES = (ModuleShape("mlp.up_proj", 40, 24), ModuleShape("self_attn.k_proj", 8, 24), ModuleShape("self_attn.q_proj", 24, 24))
 MANIFEST = ModelManifest("tiny", "llama", 6, 24, 100, MODULES, "f" * 64)
@@ -124,3 +125,23 @@ def test_an_assignment_that_does_not_fit_the_model_is_the_servers_mistake(tmp_pa
     wrong = dataclasses.replace(ASSIGNMENT, units=(UnitId(6),))
     with pytest.raises(ValueError, match="layer 7"):
         check_update(tmp_path / "update", wrong, MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "named"),
+    [
+        (UpdateMetrics(step_seconds=1e300), "step_seconds is 1e[+]300"),
+        (UpdateMetrics(predicted_step_seconds=-1.0), "predicted_step_seconds is -1"),
+        (UpdateMetrics(seconds=math.nan), "seconds is nan"),
+        (UpdateMetrics(loss_last=-1e40), "loss_last is -1e[+]40"),
+        (UpdateMetrics(fidelity=1e300), "fidelity is 1e[+]300"),
+        (UpdateMetrics(fidelity=0.5, unit_fidelity=(0.5, -3.0)), "fidelity is -3"),
+    ],
+)
+def test_figures_that_no_device_can_have_measured_are_named(metrics: UpdateMetrics, named: str) -> None:
+    with pytest.raises(UpdateRejected, match=named):
+        check_metrics(metrics)
+
+
+def test_measured_figures_pass() -> None:
+    check_metrics(UpdateMetrics(11.5, -0.0, 1e6, 1, 1, 1e5, 0.0, 3e3, 1.0 + 1e-6, (-1.0, 0.0, 1.0)))
