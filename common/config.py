@@ -27,9 +27,14 @@ def parse(text: str, kind: type[S], source: str) -> S:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from None
+    # JSON mode: strict, yet a string is still a path or an enumeration member.
+    return check(json.dumps(raw, default=str), kind, source)
+
+
+def check(text: str, kind: type[S], source: str) -> S:
+    """A configuration from JSON text. Raises ConfigError listing every wrong key with its place."""
     try:
-        # JSON mode: strict, yet a string is still a path or an enumeration member.
-        return kind.model_validate_json(json.dumps(raw, default=str))
+        return kind.model_validate_json(text)
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):

@@ -31,8 +31,8 @@ from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Stage
-from fp_server.validation import check_update
-from fp_server.work import aggregate_round, choose_units, parse_run
+from fp_server.validation import check_metrics, check_update
+from fp_server.work import aggregate_round, choose_units, run_started, started_config
 
 NOW = 0.0
 """The machine's clock stands still: devices take turns here, and none is dropped for waiting."""
@@ -120,12 +120,12 @@ class Job:
         machine: RunMachine | None = None
         for _, event in self._log.replay(config.run.name):
             if isinstance(event, e.RunStarted):
-                machine = RunMachine(parse_run(event.toml, f"{self.directory}"), event.manifest)
+                machine = RunMachine(started_config(event, f"{self.directory}"), event.manifest)
             if machine is not None:
                 self._traffic.see(event, machine)
                 machine.handle(event, NOW)
         if machine is None:
-            self._append(e.RunStarted(config.run.name, toml, manifest))
+            self._append(run_started(config, toml, manifest))
             machine = RunMachine(config, manifest)
         elif machine.config.model_dump(exclude={"model"}) != config.model_dump(exclude={"model"}):
             raise ConfigError(
@@ -245,6 +245,7 @@ class Job:
     def _train(self, device: str, assignment: Assignment) -> e.UpdateAccepted:
         out = self.store.scratch / f"{device}.safetensors"
         metrics = self.devices.train(device, assignment, out)
+        check_metrics(metrics)
         check_update(out, assignment, self.machine.manifest, self.machine.config.limits.max_update_norm)
         return e.UpdateAccepted(self.machine.name, assignment.key, device, self.store.adopt(out), metrics)
 

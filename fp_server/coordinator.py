@@ -57,7 +57,7 @@ from fp_server.log import EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
-from fp_server.work import aggregate_round, choose_units, parse_run
+from fp_server.work import aggregate_round, choose_units, parse_run, run_started, started_config
 
 logger = logging.getLogger("fp_server")
 
@@ -161,7 +161,7 @@ class Coordinator:
         machine: RunMachine | None = None
         for at, event in self.log.replay(run):
             if isinstance(event, e.RunStarted):
-                machine = RunMachine(parse_run(event.toml, f"run {run}"), event.manifest)
+                machine = RunMachine(started_config(event, f"run {run}"), event.manifest)
             if machine is not None:
                 machine.handle(event, at)
         if machine is None:
@@ -362,7 +362,8 @@ class Coordinator:
         machine = self.active
         if machine is None or report.run != machine.name or not machine.awaits_plan(device):
             return
-        if not report.refusal and (problem := plan_problem(report, machine.manifest, machine.units)):
+        problem = report.refusal or plan_problem(report, machine.manifest, machine.units)
+        if problem:  # a refusal is one, whatever else the report holds: that has not been checked
             report = replace(report, capacities=(), unit_bytes=(), refusal=problem)
         before = machine.plans.get(device)
         joined = before is not None and before.samples > 0
@@ -462,7 +463,7 @@ class Coordinator:
                 raise ConfigError(f"run.name: there is already a run {config.run.name!r}; choose another name")
             if self.active is not None:
                 raise ConfigError(f"run {self.active.name!r} is active; stop it first (`fp-server stop {self.active.name}`)")
-            event = e.RunStarted(config.run.name, toml, manifest)
+            event = run_started(config, toml, manifest)
             await self.log.append(event, self.clock())
             tell(event)
             self.names.append(config.run.name)

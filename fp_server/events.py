@@ -33,6 +33,9 @@ class RunStarted:
     run: str
     toml: str
     manifest: ModelManifest
+    config: str = ""
+    """What the file meant then, every default written out, as JSON: another version's defaults don't change a run that is
+    under way. Empty in logs of version 0.1 (`work.started_config`)."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from common.blocks import block_names, key
-from common.config import parse
+from common.config import check, parse
 from common.errors import BudgetError, TooLate
 from common.tensorfile import TensorFile
-from common.types import Part, TaskKey, UnitId, unit_modules
+from common.types import Gradient, ModelManifest, Part, TaskKey, UnitId, unit_modules
 from fp_server import events as e
-from fp_server.capacity import byte_limit
+from fp_server.capacity import byte_limit, refusal
 from fp_server.config import RunConfig
 from fp_server.ledger import Contribution, aggregate_layer, broadcast_layer
 from fp_server.methods import METHODS, PlanInputs
@@ -32,6 +32,22 @@ from fp_server.seeding import rng_for
 def parse_run(toml: str, source: str) -> RunConfig:
     """A run file's text. Raises ConfigError naming every wrong key."""
     return parse(toml, RunConfig, source)
+
+
+def run_started(config: RunConfig, toml: str, manifest: ModelManifest) -> e.RunStarted:
+    """The event that starts a run."""
+    return e.RunStarted(config.run.name, toml, manifest, config.model_dump_json())
+
+
+def started_config(event: e.RunStarted, source: str) -> RunConfig:
+    """What a run was started with. Raises ConfigError when this version can't read it."""
+    if event.config:
+        return check(event.config, RunConfig, source)
+    config = parse_run(event.toml, source)
+    if "gradient" in config.train.model_fields_set:
+        return config
+    # Version 0.1 wrote no resolved configuration and knew submodels only.
+    return config.model_copy(update={"train": config.train.model_copy(update={"gradient": Gradient.SUBMODEL})})
 
 
 def _current(machine: RunMachine, task: TaskKey) -> Round:
@@ -48,7 +64,8 @@ def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
     probe, report = current.members[device].probe, machine.plans[device].report
     capacity = machine.capacity(device)
     if probe is None or capacity is None:
-        raise BudgetError(f"device {device!r} said meanwhile that it can't hold a submodel: {report.refusal}")
+        why = refusal(report, machine.config.train.gradient)
+        raise BudgetError(f"device {device!r} said meanwhile that it can't train in this run: {why}")
     units, config = machine.units, machine.config
     if (most := config.units_by_update(machine.manifest)) is not None:
         capacity = replace(capacity, units=min(capacity.units, most))

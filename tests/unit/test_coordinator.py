@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 from test_rounds import MANIFEST, plan, probed, toml
@@ -143,6 +144,16 @@ def test_only_a_plan_that_was_asked_for_and_is_new_is_an_event(tmp_path, databas
         await coordinator.connect(Session("a"))
         await coordinator.plan_reported("a", plan("a", units=1).report)
         assert plans() == 2 and coordinator.active.capacity("a").units == 1
+
+    with_coordinator(tmp_path, database, body)
+
+
+def test_a_refusal_counts_whatever_else_the_plan_holds(tmp_path, database):
+    async def body(coordinator):
+        await coordinator.connect(Session("a"))
+        await coordinator.plan_reported("a", dataclasses.replace(report(), refusal="my policy says no"))
+        assert coordinator.active.capacity("a") is None
+        assert coordinator.active.plans["a"].report.refusal == "my policy says no"
 
     with_coordinator(tmp_path, database, body)
 

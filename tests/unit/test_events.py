@@ -27,7 +27,7 @@ KEY = TaskKey("r", 3, 1)
 REF = ObjectRef("ab" * 32, 2**40)
 SMALL = ObjectRef("ab" * 32, 9)
 ALL = [
-    e.RunStarted("r", "[run]\nname = 'ü'", ModelManifest("m", "llama", 2, 4, 8, (ModuleShape("a.b", 4, 4),), "cd" * 32)),
+    e.RunStarted("r", "[run]\nname = 'ü'", ModelManifest("m", "llama", 2, 4, 8, (ModuleShape("a.b", 4, 4),), "cd" * 32), "{}"),
     e.PlanReceived(
         "r", "d", PlanReport("r", 5, "x", (Capacity(Gradient.STREAMED, 2, 1, False, 2**40),), (1, 2**40), 7, "no", 9), 4
     ),
@@ -104,6 +104,11 @@ def test_what_is_no_event_is_a_storage_error_that_names_its_kind(kind, body):
 
 
 OLD = {
+    "RunStarted": (
+        '{"run":"r","toml":"[run]","manifest":{"name":"m","family":"llama","layers":2,"hidden":4,"vocab":8,"modules":[{'
+        '"name":"a.b","d_in":4,"d_out":4}],"fingerprint":"' + "cd" * 32 + '"}}',
+        e.RunStarted("r", "[run]", ModelManifest("m", "llama", 2, 4, 8, (ModuleShape("a.b", 4, 4),), "cd" * 32), ""),
+    ),
     "Assigned": (
         '{"run":"r","key":{"run":"r","round":3,"attempt":1},"device":"d","units":[{"layer":1,"part":"layer"}],'
         '"groups":[[{"layer":1,"part":"layer"}]],"probabilities":[[1.0]],"redraws":3,"reductions":1,"micro_batch":2,'

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_rounds import MANIFEST, Shell, assigned, committed, kinds
 
+from common.errors import BudgetError
 from common.types import Capacity, Gradient, PlanReport, UnitId
 from fp_server import commands as c
 from fp_server import events as e
@@ -77,7 +78,8 @@ def test_plans_that_name_no_real_mode():
     assert plan_problem(good, MANIFEST, units) == ""
     for change in (Capacity(AUTO, 2, 1, True, 5), Capacity(SUB, 3, 1, True, 5)):
         assert "gradient mode" in plan_problem(report(*good.capacities, change), MANIFEST, units)
-    assert "negative step time" in plan_problem(modes(1, -2.0), MANIFEST, units)
+    for seconds in (-2.0, 1e300):
+        assert "negative step time, or one above 1e+09" in plan_problem(modes(1, seconds), MANIFEST, units)
 
 
 def join(shell: Shell, **reports: PlanReport) -> None:
@@ -145,3 +147,13 @@ def test_both_limits_hold_for_every_draw():
         inputs = PlanInputs(similarity, np.full(12, 0.5), 4, device, 80, "k", wire, 80)
         draw = METHODS["fedpruner"].plan(inputs, np.random.default_rng(seed))
         assert sum(device[unit] for unit in draw.units) <= 80 and sum(wire[unit] for unit in draw.units) <= 80
+
+
+def test_a_device_that_lost_its_mode_meanwhile_says_which_it_has():
+    shell = Shell(extra='[train]\ngradient = "stitched"\n')
+    join(shell, a=modes(1, 2), b=modes(1, 2))
+    key = shell.machine.current.opened.key
+    shell.probe("a")
+    shell.do(e.PlanReceived("r", "a", modes(1), 10))
+    with pytest.raises(BudgetError, match=r"train in this run: can.t train with gradient = .stitched. \(it can with: submodel\)"):
+        choose_units(shell.machine, key, "a")
