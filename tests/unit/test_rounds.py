@@ -226,7 +226,7 @@ def test_a_quorum_of_seven_hundredths_of_a_hundred_is_seven():
     assert shell.machine.phase is Phase.AGGREGATING
 
 
-@pytest.mark.parametrize("phase", ["verify", "fetch", "load", "probe"])
+@pytest.mark.parametrize("phase", ["verify", "fetch", "load", "probe", "fidelity"])
 def test_silence_drops_a_device_and_progress_keeps_it(phase):
     shell = opened(progress_timeout_seconds=10.0)
     for now in range(1, 40, 4):

@@ -97,7 +97,7 @@ def test_check_probe_and_train_in_one_warm_process(config: WorkerConfig, tmp_pat
         for out in outs:
             done = await worker.run("train", TrainArgs(assignment(), (), str(out)), TrainResult, lambda *p: seen.append(p))
             assert done.metrics.measured_peak_bytes > 0 and done.metrics.predicted_peak_bytes > 0
-        assert seen[-1] == ("train", 2, 2) and ("load", 2, 2) in seen
+        assert seen[-1] == ("train", 4, 4) and ("load", 2, 2) in seen
         blocks = list(read_blocks(outs[0]))
         assert [(b.layer, b.module) for b in blocks] == [(layer, name) for layer in (1, 4) for name in TARGETS]
         assert any(np.abs(b.b).max() > 0 for b in blocks)
