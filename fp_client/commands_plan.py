@@ -31,6 +31,11 @@ class Units(StrEnum):
     LAYER = "layer"
     COMPONENT = "component"
 
+    @property
+    def part(self) -> Part:
+        """As the planner and the probe are told; any component stands for both."""
+        return Part.LAYER if self is Units.LAYER else Part.FFN
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -132,7 +137,7 @@ def plan(
         limit = parse_bytes(budget) if budget else budget_of(config, device)
     except ValueError as error:
         raise ConfigError(f"--budget: {error}") from None
-    part = Part.LAYER if units is Units.LAYER else Part.FFN
+    part = units.part
     train = TrainSpec(10, batch, sequence, 1e-4, rank, 2.0 * rank, (), 0, gradient=gradient, start=start)
     probe = ProbeSpec(part=part, batch_size=batch, sequence_length=sequence)
     held = config.data.max_held_out if config.data else 64

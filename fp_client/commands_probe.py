@@ -31,6 +31,7 @@ from common.types import (
     model_units,
 )  # fmt: skip
 from fp_client.commands import HERE, Directory, Json, bar, only_model, out
+from fp_client.commands_plan import Units
 from fp_client.config import ClientConfig, cache_dir, human, load_config, need_model
 from fp_client.messages import FidelityArgs, FidelityResult
 from fp_client.shapes import shape_of
@@ -41,10 +42,11 @@ _COLOURS = ("#0d0887", "#5b02a3", "#9a179b", "#cb4678", "#eb7852", "#fbb32f", "#
 _SHADES = " ░▒▓█"
 
 
-def local_spec(model: str, probe: ProbeSpec) -> RunSpec:
-    """A run of nobody's, so that the daemon's own code can be used without a server."""
-    train = TrainSpec(1, probe.batch_size, probe.sequence_length, 1e-4, 1, 1.0, (), probe.seed)
-    return RunSpec("local", model, "", "", Part.LAYER, train, probe, 0, 1)
+def local_spec(model: str, probe: ProbeSpec, targets: tuple[str, ...] = ()) -> RunSpec:
+    """A run of nobody's, so that the daemon's own code can be used without a server. Any gradient mode will do, so that no
+    budget is refused that holds the least of them."""
+    train = TrainSpec(1, probe.batch_size, probe.sequence_length, 1e-4, 1, 1.0, targets, probe.seed, gradient=Gradient.AUTO)
+    return RunSpec("local", model, "", "", probe.part, train, probe, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Asked:
     """What is measured: the probe, and where `fidelity` is given the gradients of its units."""
 
     probe: ProbeSpec
+    targets: tuple[str, ...]
+    """The model's linear modules."""
     fidelity: FidelityArgs | None = None
 
 
@@ -61,7 +65,7 @@ async def run_probe(
     """Fingerprint (remembered), then the probe in a worker, then the gradients' fidelity if asked for."""
     from fp_client.work import LocalWork
 
-    work, run = LocalWork(config, directory), local_spec(model, asked.probe)
+    work, run = LocalWork(config, directory), local_spec(model, asked.probe, asked.targets)
     try:
         with bar("reading the weights once", quiet) as progress:
             run = replace(run, fingerprint=await work.fingerprint(run, lambda _, done, total: progress(done, total)))
@@ -76,16 +80,20 @@ async def run_probe(
         await work.close()
 
 
-def fidelity_args(config: ClientConfig, directory: Path, model: str, units: str, probe: ProbeSpec, rank: int) -> FidelityArgs:
-    """The units to compare: "2,5,9M", or how many layers, spread evenly. Raises ConfigError."""
+def anatomy(config: ClientConfig, directory: Path, model: str) -> tuple[int, tuple[str, ...]]:
+    """(layers, names of a layer's linear modules, sorted) of a configured model. Raises ConfigError, ModelError."""
     from fp_client.models import resolve
 
     section = need_model(config, model, directory)
     checkpoint = Checkpoint(resolve(section.source, cache_dir(config, directory) / "hub"))
     try:
-        layers, modules = checkpoint.layers, tuple(sorted(m.name for m in shape_of(checkpoint.config).modules))
+        return checkpoint.layers, tuple(sorted(m.name for m in shape_of(checkpoint.config).modules))
     finally:
         checkpoint.close()
+
+
+def fidelity_args(units: str, layers: int, modules: tuple[str, ...], probe: ProbeSpec, rank: int) -> FidelityArgs:
+    """The units to compare: "2,5,9M", or how many layers, spread evenly. Raises ConfigError."""
     try:
         names = [part.strip() for part in units.split(",")]
         if len(names) == 1 and names[0].isdigit():
@@ -171,7 +179,9 @@ def probe(
     batch: Annotated[int, typer.Option(min=1, help="Rows of the probe batch.")] = 4,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the batch and of the positions.")] = 0,
-    units: Annotated[Part, typer.Option(help="Probe whole layers, or components (attention).")] = Part.LAYER,
+    units: Annotated[
+        Units, typer.Option(help="What a unit is: a layer, or a component (attention or feed-forward).")
+    ] = Units.LAYER,
     fidelity: Annotated[
         str,
         typer.Option(
@@ -185,11 +195,12 @@ def probe(
 ) -> None:
     """Measure on this device's data how alike the model's layers are, and the full model's held-out loss."""
     config = load_config(directory)
-    spec = ProbeSpec(units, positions, kernel, sample, batch, sequence, seed)
+    spec = ProbeSpec(units.part, positions, kernel, sample, batch, sequence, seed)
     name = only_model(config, model, directory)
-    compared = fidelity_args(config, directory, name, fidelity, spec, rank) if fidelity else None
-    report, found = asyncio.run(run_probe(config, directory, name, Asked(spec, compared), as_json))
-    said = as_dict(report, units)
+    layers, modules = anatomy(config, directory, name)
+    compared = fidelity_args(fidelity, layers, modules, spec, rank) if fidelity else None
+    report, found = asyncio.run(run_probe(config, directory, name, Asked(spec, modules, compared), as_json))
+    said = as_dict(report, units.part)
     if found is not None and compared is not None:
         said["fidelity"] = fidelity_dict(found, compared.units)
     if output is not None:
@@ -200,7 +211,7 @@ def probe(
     if as_json:
         typer.echo(json.dumps(said))
         return
-    labels, what = said["units"], "layer" if units is Part.LAYER else "component"
+    labels, what = said["units"], units.value
     out.print(f"CKA between the outputs of {what}s (row and column), from unlike to alike:")
     out.print(heat_map(report.similarity, labels, out.width, out.is_terminal and not out.no_color))
     table = Table(title=f"input against output of each {what} (s of Eq. 3; high: the {what} changes little)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint import EMBEDDING_KEY, Checkpoint, cached_fingerprint
-from common.errors import BudgetError, DataError, ModelError, StorageError
+from common.errors import FedPrunerError
 from common.tensorfile import ITEMSIZE
 from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, RunSpec
 from fp_client import models
@@ -135,7 +135,8 @@ class LocalWork:
 
     async def probe(self, spec: RunSpec, task: ProbeTask, adapter: tuple[AdapterFile, ...], progress: OnProgress) -> ProbeReport:
         """Run the probe in the worker."""
-        worker, planned = await self.worker(spec), await self._remembered(spec)
+        worker = await self.worker(spec)
+        planned = self._plans.get(spec) or await asyncio.to_thread(self._planned, spec)  # the pace is no concern of a probe's
         return await worker.run("probe", ProbeArgs(task, adapter), ProbeReport, progress, planned.probe.peak)
 
     async def train(
@@ -159,7 +160,8 @@ class LocalWork:
         return self._plans[spec]
 
     async def pace(self, spec: RunSpec) -> Pace | None:
-        """This device's pace, measured once. None where it can't be: damaged weights are for the probe to report."""
+        """This device's pace, measured once. None where it can't be: it is only for predicting, so no task fails of it, and
+        what is wrong with weights or data is for the task itself to report. Raises BudgetError where nothing fits."""
         key = _pace_key(spec)
         if key not in self._paces:
             planned = await asyncio.to_thread(self._planned, spec)
@@ -167,7 +169,7 @@ class LocalWork:
             try:
                 worker = await self.worker(spec)
                 self._paces[key] = await worker.run("pace", PaceArgs(spec.train, spec.broadcast_rank, rows), Pace)
-            except (ModelError, StorageError, DataError, BudgetError) as error:
+            except FedPrunerError as error:
                 log.warning("run %s: step times are not predicted: %s", spec.run, error)
                 return None
         return self._paces[key]
