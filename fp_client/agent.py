@@ -193,7 +193,7 @@ class Agent:
             async with self._one:
                 fingerprint = await self._work.fingerprint(spec, self._note)
                 _same_weights(spec, fingerprint)
-                report = await self._work.plan(spec)
+                report = self._policy.offered(await self._work.plan(spec))
             self._policy.check_samples(report.samples)
             await asyncio.to_thread(self._runs.remember, spec)
             self._reports[spec.run] = (spec, report)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from common.config import Section, load
 from common.errors import PolicyError
-from common.types import Assignment, Gradient, ProbeReport, ProbeTask, RunSpec, Start, TrainSpec
+from common.types import Assignment, Gradient, PlanReport, ProbeReport, ProbeTask, RunSpec, Start, TrainSpec
 
 FILE = "policy.toml"
 
@@ -31,6 +31,7 @@ class Policy(Section):
     min_samples: int = Field(default=1, ge=1)
     """With fewer training examples the device stays out: an update would say too much of each."""
     gradients: tuple[Gradient, ...] = tuple(Gradient)
+    """Modes that may be asked for. A run with "auto" gets one of them: what is not allowed here is not offered to it."""
     starts: tuple[Start, ...] = tuple(Start)
     upload_similarity: bool = True
     upload_loss: bool = True
@@ -49,6 +50,17 @@ class Policy(Section):
             )
         self._check_train(spec.train)
         self._check_shape(spec.probe.batch_size, spec.probe.sequence_length)
+
+    def offered(self, report: PlanReport) -> PlanReport:
+        """A plan's report without the gradient modes that are not allowed. Raises PolicyError when none is left."""
+        capacities = tuple(one for one in report.capacities if one.gradient in self.gradients)
+        if report.capacities and not capacities:
+            held = ", ".join(one.gradient for one in report.capacities)
+            raise PolicyError(
+                f"{FILE}: gradients: the budget holds {held}, this device allows {', '.join(self.gradients) or 'none'}; "
+                "raise [budget] or allow another mode"
+            )
+        return replace(report, capacities=capacities)
 
     def check_samples(self, samples: int) -> None:
         """Does the device have enough training examples not to give single ones away?"""
@@ -80,7 +92,9 @@ class Policy(Section):
         _at_most("max_steps", self.max_steps, "steps", spec.steps)
         _at_most("max_rank", self.max_rank, "a LoRA rank of", spec.rank)
         self._check_shape(spec.batch_size, spec.sequence_length)
-        _among("gradients", self.gradients, spec.gradient)
+        # A device trains in one of the modes that it has offered: "auto" asks for any of them.
+        if spec.gradient is not Gradient.AUTO or not set(self.gradients) - {Gradient.AUTO}:
+            _among("gradients", [one for one in self.gradients if one is not Gradient.AUTO], spec.gradient)
         _among("starts", self.starts, spec.start)
 
     def _check_shape(self, batch: int, sequence: int) -> None:

@@ -453,6 +453,17 @@ def test_the_policy_refuses_a_run(tmp_path, policy, why):
     against(tmp_path, body)
 
 
+def test_the_policy_offers_only_the_modes_it_allows(tmp_path):
+    async def body(server):
+        async with Device(server, tmp_path, policy=Policy(gradients=(Gradient.STREAMED, Gradient.STITCHED))) as device:
+            auto = replace(SPEC, train=replace(TRAIN, gradient=Gradient.AUTO))
+            await device.hears("plan", auto)
+            report = await server.sessions.next("plan")
+            assert not report.capacities and "gradients: the budget holds submodel" in report.refusal
+
+    against(tmp_path, body)
+
+
 def test_the_policy_refuses_tasks_beyond_what_the_plan_said(tmp_path):
     async def body(server):
         async with Device(server, tmp_path, policy=Policy(max_steps=2)) as device:

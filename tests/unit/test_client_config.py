@@ -7,7 +7,20 @@ from dataclasses import replace
 import pytest
 
 from common.errors import ConfigError, PolicyError
-from common.types import Assignment, Gradient, Part, ProbeSpec, ProbeTask, RunSpec, Start, TaskKey, TrainSpec, UnitId
+from common.types import (
+    Assignment,
+    Capacity,
+    Gradient,
+    Part,
+    PlanReport,
+    ProbeSpec,
+    ProbeTask,
+    RunSpec,
+    Start,
+    TaskKey,
+    TrainSpec,
+    UnitId,
+)
 from fp_client.config import human, load_config, need_data, need_model, need_server, parse_bytes, resolve
 from fp_client.policy import Policy, load_policy
 
@@ -120,6 +133,34 @@ def test_each_limit_refuses_a_run_and_says_its_key(policy, key):
     Policy().check_plan(SPEC)
     with pytest.raises(PolicyError, match=f"policy.toml: {key}:"):
         policy.check_plan(SPEC)
+
+
+@pytest.mark.parametrize(("allowed", "offered"), [
+    ((Gradient.SUBMODEL, Gradient.STREAMED), (Gradient.SUBMODEL, Gradient.STREAMED)),
+    ((Gradient.AUTO, Gradient.SUBMODEL), (Gradient.SUBMODEL,)),
+])  # fmt: skip
+def test_an_auto_run_is_offered_only_the_modes_that_are_allowed(allowed, offered):
+    policy = Policy(gradients=allowed)
+    policy.check_plan(replace(SPEC, train=replace(TRAIN, gradient=Gradient.AUTO)))
+    modes = (Gradient.SUBMODEL, Gradient.STITCHED, Gradient.STREAMED)
+    report = PlanReport("r", 9, "f" * 64, tuple(Capacity(mode, 2, 4, True, 100) for mode in modes), (1, 1), 5)
+    assert tuple(one.gradient for one in policy.offered(report).capacities) == offered
+    for mode in modes:  # what is offered is also done, what is not is refused
+        task = Assignment(KEY, (UnitId(0),), (), (), replace(TRAIN, gradient=mode), (), 4, True)
+        if mode in offered:
+            policy.check_assignment(task)
+        else:
+            with pytest.raises(PolicyError, match="gradients"):
+                policy.check_assignment(task)
+
+
+def test_a_policy_that_leaves_no_mode_refuses():
+    auto = replace(SPEC, train=replace(TRAIN, gradient=Gradient.AUTO))
+    with pytest.raises(PolicyError, match="gradients"):
+        Policy(gradients=(Gradient.AUTO,)).check_plan(auto)
+    report = PlanReport("r", 9, "f" * 64, (Capacity(Gradient.STREAMED, 2, 4, True, 100),), (1, 1), 5)
+    with pytest.raises(PolicyError, match="the budget holds streamed, this device allows submodel"):
+        Policy(gradients=(Gradient.SUBMODEL,)).offered(report)
 
 
 def test_limits_hold_at_their_edge():
