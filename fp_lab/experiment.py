@@ -137,7 +137,13 @@ def run_of(experiment: Experiment, row: Row, seed: int) -> tuple[RunConfig, str]
     tables["train"]["sequence_length"] = experiment.window
     tables["model"] = {"name": experiment.model.name or "model", "path": str(experiment.model)}
     toml = to_toml(tables)
-    return parse_run(toml, f"row {row.name!r}"), toml
+    config = parse_run(toml, f"row {row.name!r}")
+    if config.train.step_seconds:
+        raise ConfigError(
+            f"row {row.name!r}: train.step_seconds: the lab's devices share this machine and measure no pace, so the limit would "
+            "bound nothing; leave it out, and name the row's `train.gradient` and `units`"
+        )
+    return config, toml
 
 
 def to_toml(tables: dict[str, Table]) -> str:

@@ -46,6 +46,7 @@ def load(tmp_path: Path, text: str) -> Experiment:
         (SMALL + "run.seed = 1\n", "run.seed is the experiment's own"),
         (SMALL + "train.sequence_length = 64\n", "see `rounds`, `seeds` and `window`"),
         (SMALL.replace('"b"', '"a"'), "two rows are called 'a'"),
+        (SMALL + "train.step_seconds = 2.5\n", r"row 'b': train\.step_seconds: .* leave it out"),
         (SMALL + 'budget = "much"\n', "not a size"),
         ('name = "x"\nmodel = "m"\n', "row: missing"),
     ],
