@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from common.types import Part, ProbeSpec, Quantization, Start, TrainSpec, UnitId, unit_modules
+from common.types import Part, ProbeSpec, Quantization, Start, TrainSpec, UnitId, model_units, unit_modules
 from fp_client.shapes import Shape
 from fp_client.units import Kept as KeptParts
 
@@ -305,7 +305,8 @@ def probe_peak(
     streams = passed * d
     micro = min(rows.micro_rows, passed)
     positions = min(spec.positions, spec.batch_size * t)
-    grams = (shape.layers + 1) * positions * positions * _FP32 if similarity else 0
+    states = len(model_units(spec.part, shape.layers)) + 1  # the stream before the first unit and after each
+    grams = states * positions * positions * _FP32 if similarity else 0
     wide = max(module.d_out for module in shape.modules) * t * s
     weight = largest_weight(shape, setting)
     inner = micro * (2 * d + m + max(2 * m, (3 * wide if adapter_bytes else 0))) + weight

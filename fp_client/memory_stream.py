@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from common.types import Part, TrainSpec, UnitId, unit_modules
 from fp_client.memory import (
+    EAGER,
     HEAD_ROWS,
     MIB,
     OVERHEAD_UNIT,
@@ -74,12 +75,14 @@ def _shelf(memory: int, total: int) -> int:
 
 
 def _positions(shape: Shape, setting: Setting, spec: TrainSpec) -> int:
-    """Cosines and sines, and where attention is windowed a mask, for each of the lengths that are kept.
+    """Cosines and sines, and the masks, for each of the lengths that are kept: where attention is materialised one of the
+    compute dtype for windowed and one for whole attention, whatever the window; else one of bytes where it is windowed.
 
     Whole windows are the longest: a batch has no more lengths than rows.
     """
     t = spec.sequence_length
-    one = 2 * t * shape.head_dim * setting.itemsize + (t * t if 0 < shape.window < t else 0)
+    masks = 2 * t * t * setting.itemsize if shape.family in EAGER else t * t if 0 < shape.window < t else 0
+    one = 2 * t * shape.head_dim * setting.itemsize + masks
     return min(LENGTHS, spec.steps * spec.batch_size) * one
 
 

@@ -74,11 +74,6 @@ class Plan:
         """As a device announces them."""
         return tuple(mode.capacity for mode in self.modes)
 
-    @property
-    def capacity(self) -> Capacity:
-        """The first of them."""
-        return self.capacities[0]
-
     def mode(self, gradient: Gradient) -> ModePlan | None:
         """The plan of one mode, or None where it does not fit."""
         return next((mode for mode in self.modes if mode.gradient is gradient), None)
@@ -179,8 +174,11 @@ def _best(problem: Problem, budget_bytes: int, part: Part, limits: Limits, pace:
 
     def planned(layers: int) -> tuple[Fit, float] | None:
         held = _worst_draw(shape, layers, part)
-        found = fit(problem, held, _most_gaps(shape, held), 0, micro_batches(spec.batch_size), budget_bytes)
-        if found is None or (budget_bytes and _least(problem, held, found.micro_batch).peak > budget_bytes):
+        rows = micro_batches(spec.batch_size)
+        if budget_bytes:  # fidelity's need counts too, and grows with the micro-batch
+            rows = tuple(micro for micro in rows if _least(problem, held, micro).peak <= budget_bytes)
+        found = fit(problem, held, _most_gaps(shape, held), 0, rows, budget_bytes)
+        if found is None:
             return None
         return found, _seconds(problem, pace, held, found, 0)
 

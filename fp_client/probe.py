@@ -97,22 +97,16 @@ class _Run:
     components: bool
     """Whether the units are components: the stream is then seen between a layer's attention and its feed-forward too."""
     done: int = 0
-    recorder: Callable[[torch.Tensor], None] | None = None
-    """Takes the states (n, d) at the sampled positions, from h_0 on."""
     cka: CkaAccumulator | None = None
+    """Takes the states (n, d) at the sampled positions, from h_0 on."""
     where: torch.Tensor | None = None
     states: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """(rows, T, d): the residual stream of all rows of the pass."""
 
     def see(self, hidden: torch.Tensor) -> None:
         """Record a residual stream at the sampled positions."""
-        if self.where is None:
-            return
-        sampled = hidden[self.where[:, 0].to(hidden.device), self.where[:, 1].to(hidden.device)]
-        if self.cka is not None:
-            self.cka.add(sampled)
-        if self.recorder is not None:
-            self.recorder(sampled)
+        if self.where is not None and self.cka is not None:
+            self.cka.add(hidden[self.where[:, 0].to(hidden.device), self.where[:, 1].to(hidden.device)])
 
     def step(self, index: int) -> None:
         """Report one layer of one pass."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from common.checkpoint import Checkpoint
 from common.errors import BudgetError, ModelError, ProtocolError, UnknownFamilyError
-from common.types import ProbeSpec, Quantization, Start, TrainSpec, UnitId
+from common.types import Part, ProbeSpec, Quantization, Start, TrainSpec, UnitId
 from fp_client.families import FAMILIES
 from fp_client.loader import UnitLoader
 from fp_client.memory import MIB, Held, Kept, Rows, Setting, activations, layer_bytes, probe_peak, train_peak
@@ -192,6 +193,15 @@ def test_a_refusal_says_what_would_do() -> None:
     assert probe_rows(shape, Setting(), PROBE, 16, 0, caught.value.smallest).pass_rows == 4
     with pytest.raises(BudgetError):
         probe_rows(shape, Setting(), PROBE, 16, 0, caught.value.smallest - 1)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_probe_of_components_keeps_a_gram_matrix_more_a_layer(name: str) -> None:
+    """At the kernel's moment all of them are live; there are no held-out rows to make another one the worst."""
+    shape, n = shape_of(CONFIGS[name]), 512
+    layer = ProbeSpec(positions=n, batch_size=4, sequence_length=128)
+    plans = [probe_peak(shape, NF4, one, 0, 0, Rows(1, 4)) for one in (layer, replace(layer, part=Part.FFN))]
+    assert plans[0].moment == plans[1].moment and plans[1].peak - plans[0].peak == shape.layers * n * n * 4
 
 
 def test_the_probe_takes_fewer_rows_where_memory_is_short() -> None:

@@ -201,6 +201,37 @@ def test_fidelity_needs_room_for_the_full_models_gradient() -> None:
     assert with_it.peak == plan_task(SMALL, Setting(), spec(Gradient.STREAMED, steps=1), 0, units, 4, True, 0).peak
 
 
+def test_the_micro_batch_leaves_room_for_fidelity() -> None:
+    """Within every budget from the smallest on there is a plan, and its assignments fit with their measurement."""
+    config = {**CONFIGS["tinyllama-1.1b"], "vocab_size": 1000}
+    shape, setting = shape_of(config), Setting(Quantization.NF4)
+    train = replace(spec(Gradient.SUBMODEL, fidelity=True, batch_size=16, sequence_length=256),
+                    targets=tuple(sorted(module.name for module in shape.modules)))  # fmt: skip
+    probe, limits = ProbeSpec(batch_size=4, sequence_length=256), Limits(update_bytes=lora_bytes(shape, train))
+    floor = plan(config, setting, train, probe, 0, 0, 8, limits=limits).smallest_budget
+    chosen = set()
+    for budget in range(floor, floor + 300 * MIB, 8 * MIB):
+        one = plan(config, setting, train, probe, 0, budget, 8, limits=limits).modes[0]
+        chosen.add(one.micro_batch)
+        assert plan_task(shape, setting, train, 0, [UnitId(0)], one.micro_batch, one.checkpointing, budget).peak <= budget
+    assert len(chosen) > 1
+
+
+@pytest.mark.parametrize("window", [256, 4096])
+def test_eager_attention_keeps_two_masks_a_length(window: int) -> None:
+    """One for windowed and one for whole attention, in the compute dtype, also where the window is longer than the rows."""
+    t, one = 512, replace(SMALL, window=window)
+    train = spec(Gradient.STREAMED, sequence_length=t)
+
+    def positions(shape: Shape, itemsize: int) -> int:
+        return dict(streamed_peak(shape, Setting(itemsize=itemsize), train, 0, Streamed(Held(2), 0, 1), LEAST).rows)["positions"]
+
+    for itemsize in (2, 4):
+        rotary = 8 * 2 * t * one.head_dim * itemsize
+        assert positions(replace(one, family="gemma2"), itemsize) == rotary + 8 * 2 * t * t * itemsize
+        assert positions(one, itemsize) == rotary + (8 * t * t if window < t else 0)
+
+
 def test_a_stream_that_does_not_fit_is_no_fit() -> None:
     problem = Problem(SEVEN, Setting(Quantization.NF4, 2, 2), spec(Gradient.STREAMED), 0)
     least = problem.smallest(Held(1), 4, 0).peak
