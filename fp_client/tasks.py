@@ -271,10 +271,12 @@ class Tasks:
         progress: OnProgress,
     ) -> tuple[list[torch.Tensor], float]:
         """(LoRA gradient, mean loss) of the assigned units on one batch in a mode; nothing of it stays loaded."""
-        this = replace(assignment, spec=replace(assignment.spec, gradient=mode, dropout=0.0))
+        # Planned as `planner.once` does: the anchors or prefix of one batch, not of a round.
+        this = replace(assignment, spec=replace(assignment.spec, gradient=mode, dropout=0.0, steps=1, fidelity=False))
         predicted = self._predicted(checkpoint, this, adapter)
         with self._trainer(checkpoint, this, adapter, predicted, progress) as trainer:
             found = gradients(trainer, batch, this.micro_batch)
+        del trainer  # while it is bound no collector finds its 4-bit weights, and the next model comes beside them
         self.forget()
         return found
 
