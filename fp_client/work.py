@@ -136,7 +136,9 @@ class LocalWork:
     async def probe(self, spec: RunSpec, task: ProbeTask, adapter: tuple[AdapterFile, ...], progress: OnProgress) -> ProbeReport:
         """Run the probe in the worker."""
         worker = await self.worker(spec)
-        planned = self._plans.get(spec) or await asyncio.to_thread(self._planned, spec)  # the pace is no concern of a probe's
+        planned = self._plans.get(spec)
+        if planned is None:  # without a pace: a probe's memory doesn't depend on it
+            planned = await asyncio.to_thread(self._planned, spec)
         return await worker.run("probe", ProbeArgs(task, adapter), ProbeReport, progress, planned.probe.peak)
 
     async def train(
