@@ -27,6 +27,8 @@ HEAD_ROWS = 4096
 OVERHEAD = 24 * MIB
 """For one thread; each further one packs its own panels."""
 OVERHEAD_THREAD = 4 * MIB
+OVERHEAD_KERNELS = 24 * MIB
+"""bf16: the compiled kernels of the last shapes of products (`fp_client.pool.KERNELS`); rows have ever other lengths."""
 OVERHEAD_UNIT = MIB // 4
 """Modules, hooks and the autograd graph of one layer."""
 PASS_ROWS = 64
@@ -50,7 +52,7 @@ class Setting:
     @property
     def overhead(self) -> int:
         """What is held besides tensors."""
-        return OVERHEAD + OVERHEAD_THREAD * (self.threads - 1)
+        return OVERHEAD + OVERHEAD_THREAD * (self.threads - 1) + (OVERHEAD_KERNELS if self.itemsize < _FP32 else 0)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ _LINE = 16 << 20
 """The longest message a worker may send, in bytes: a similarity matrix is well under a megabyte."""
 
 
+KERNELS = 64
+"""Compiled matrix kernels kept: a step's worth of shapes (`fp_client.memory` counts them)."""
+
+
 def worker_environment(threads: int) -> dict[str, str]:
     """The environment a worker runs in: this process's, malloc and threads pinned.
 
@@ -40,6 +44,9 @@ def worker_environment(threads: int) -> dict[str, str]:
     """
     pinned = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     pinned["OMP_WAIT_POLICY"] = "PASSIVE"
+    # oneDNN keeps a compiled kernel for every shape of a bf16 product, 0.8 MiB each and a thousand of them by default: with
+    # rows of ever other lengths that is more than the model.
+    pinned |= dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), str(KERNELS))
     return {**os.environ, **MALLOC, **pinned, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
 
