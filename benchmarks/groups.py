@@ -83,7 +83,8 @@ def smallest_budget(fleet: Fleet, directory: Path, units: int) -> int:
                 *SHAPE,
                 show="",
             )
-            fits = json.loads(said)["models"][0]["units"] >= units
+            modes = json.loads(said)["models"][0]["modes"]
+            fits = any(mode["gradient"] == "submodel" and mode["units"] >= units for mode in modes)
         except DemoError:  # exit 5: nothing fits
             fits = False
         low, high = (low, middle) if fits else (middle + 1, high)
