@@ -60,11 +60,11 @@ def shaped(given: argparse.Namespace) -> Path:
     return generate(given.shape, target)
 
 
-def rows(count: int, length: int, vocabulary: int) -> dict[str, Any]:
+def rows(count: int, length: int, vocabulary: int, seed: int = 0) -> dict[str, Any]:
     """Random token rows; the second half of each is the response."""
     import torch
 
-    ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[:, : length // 2] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -26,8 +26,7 @@ from typing import Any
 
 from memory_probe import LINEAR, rows, shaped
 
-from common.checkpoint import EMBEDDING_KEY, Checkpoint
-from common.tensorfile import ITEMSIZE
+from common.checkpoint import Checkpoint
 from common.types import Gradient, ProbeSpec, Quantization, TrainSpec, UnitId
 from fp_client.memory import MIB, Setting
 from fp_client.planner import ModePlan, Plan, plan, plan_task
@@ -42,8 +41,7 @@ def spec_of(given: argparse.Namespace, gradient: Gradient) -> TrainSpec:
 
 def setting_of(given: argparse.Namespace, checkpoint: Checkpoint) -> Setting:
     """How it is computed."""
-    stored = ITEMSIZE[checkpoint.info(EMBEDDING_KEY).dtype]
-    return Setting(Quantization(given.quantization), 2 if given.dtype == "bfloat16" else 4, stored, given.threads)
+    return Setting.of(checkpoint, Quantization(given.quantization), given.dtype, given.threads)
 
 
 def planned(given: argparse.Namespace, checkpoint: Checkpoint, gradient: Gradient, budget: int) -> Plan:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from benchmarks.memory_probe import rows
 from common.checkpoint import Checkpoint
 from common.types import Gradient, TrainSpec, UnitId
 from fp_client.loader import UnitLoader
@@ -34,14 +35,6 @@ from fp_client.trainers import open_trainer
 
 CHOSEN = (1, 13, 22, 25, 26, 27, 28, 29)
 """Eight layers as FDLO and IALS draw them on SmolLM2."""
-
-
-def rows(count: int, length: int, vocabulary: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random token rows; the second half of each is the response."""
-    ids = torch.randint(3, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
-    labels = ids.clone()
-    labels[:, : length // 2] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def paired(

@@ -72,13 +72,18 @@ def attach_ledger(layer: nn.Module, index: int, blocks: Sequence[LoraBlock], dev
             target.register_forward_hook(LowRank(block, device))
 
 
+def seed_of(*parts: object) -> int:
+    """A seed for torch's generators that depends on these parts alone, and is the same in every process."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") & (2**63 - 1)
+
+
 def fresh_a(seed: int, layer: int, module: str, rank: int, d_in: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     """LoRA's usual A (Kaiming uniform with a = √5), (rank, d_in), drawn from (seed, layer, module) alone.
 
     So a module starts alike whatever else a device keeps, and on whichever device.
     """
-    digest = hashlib.sha256(f"{seed}/{layer}/{module}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+    generator = torch.Generator().manual_seed(seed_of(seed, layer, module))
     bound = 1 / math.sqrt(d_in)
     drawn: np.ndarray[tuple[int, int], np.dtype[np.float32]] = (
         torch.empty((rank, d_in)).uniform_(-bound, bound, generator=generator).numpy()

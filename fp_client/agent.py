@@ -30,7 +30,7 @@ from common.errors import (
 from common.transport.wire import Backoff
 from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, Progress, RunSpec, TaskFailed, TaskKey, UnitObject
 from fp_client.cache import ObjectCache
-from fp_client.messages import AdapterFile, TrainResult
+from fp_client.messages import AdapterFile, OnProgress, TrainResult
 from fp_client.policy import Policy
 from fp_client.rpc import Cancel, DeviceSays, RunEnded, ServerSays, Session
 from fp_client.rpc_objects import Transfer
@@ -45,7 +45,6 @@ was done, and one that brought a message before the server went away."""
 NO_USE = (UpdateRejected, TooLate, AlreadyDone, NotFound)
 """After these the server would refuse the same update again; whatever else a push ends with, the update is kept for another."""
 
-OnProgress = Callable[[str, int, int], None]
 Task = ProbeTask | Assignment
 
 

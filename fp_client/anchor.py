@@ -8,7 +8,7 @@ and the loss is the full model's; only the gaps' share in the backward pass is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,12 +20,12 @@ from fp_client.batches import Batch, micro_batches
 from fp_client.families import without_component
 from fp_client.loader import UnitLoader
 from fp_client.memory import StreamPlan
+from fp_client.messages import OnProgress
 from fp_client.spill import Spill
 from fp_client.stream import FullModel
 from fp_client.submodel import Submodel, load_submodel
-from fp_client.units import Gap, gaps, keep
+from fp_client.units import gaps, keep
 
-Progress = Callable[[str, int, int], None]
 Row = tuple[int, int]
 """A micro-batch of the round: step, and place in the step."""
 
@@ -56,7 +56,7 @@ class Anchored:
         plan: StreamPlan,
         scratch: Path,
         checkpointing: bool = True,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> None:
         """`adapter`: the broadcast ΔW of every layer. `plan.boundary_bytes`: of the changes, in memory.
 
@@ -67,6 +67,8 @@ class Anchored:
         self._checkpointing, self._progress = checkpointing, progress
         self._kept = keep(units, loader.checkpoint.layers, spec.targets)
         self._anchors = {gap: Anchor() for gap in gaps(units, loader.checkpoint.layers)}
+        self._starting = {gap.start for gap in self._anchors}
+        self._ending = {gap.stop: gap for gap in self._anchors}
         self._changes = Spill(plan.boundary_bytes, scratch, loader.device)
         self._submodel: Submodel | None = None
 
@@ -92,7 +94,7 @@ class Anchored:
         parts = {
             (step, j): part for step, batch in enumerate(batches) for j, part in enumerate(micro_batches(batch, micro_batch))
         }
-        layers = -(-max((gap.stop for gap in self._anchors), default=0) // 2)
+        layers = -(-max(self._ending, default=0) // 2)
         self._pass(parts, layers)
         if self._submodel is None:
             blocks = (block for layer in sorted(self._kept) for block in self._adapter.get(layer, ()))
@@ -101,7 +103,7 @@ class Anchored:
                 self._going_on(layers * len(parts)), self._anchors,
             )  # fmt: skip
 
-    def _going_on(self, before: int) -> Progress | None:
+    def _going_on(self, before: int) -> OnProgress | None:
         """Progress of the submodel, whose loading goes on counting where the pass over the full model ended."""
         if (progress := self._progress) is None:
             return None
@@ -122,52 +124,49 @@ class Anchored:
             full.close()
 
     def _flow(self, full: FullModel, parts: Mapping[Row, Batch], total: int) -> None:
-        edges = {edge for gap in self._anchors for edge in (gap.start, gap.stop)}
         for index in range(total):
             layer = full.layers.acquire(index, index + 1 if index + 1 < total else None)
-            halves = (Part.FFN, Part.ATTENTION) if 2 * index + 1 in edges else (None,)
+            middle = 2 * index + 1
+            halves = (Part.FFN, Part.ATTENTION) if middle in self._starting or middle in self._ending else (None,)
             for number, (key, part) in enumerate(parts.items()):
                 if index == 0:
-                    self._changes.put(key, full.embedded(part))
-                    self._edge(0, key)
-                hidden = self._changes.take(key)
+                    hidden = full.embedded(part)
+                    self._edge(0, key, hidden)
+                else:
+                    hidden = self._changes.take(key)
                 for pruned in halves:
                     with without_component(layer, self._loader.family, pruned) if pruned is not None else nullcontext():
                         hidden = full.run(layer, index, hidden)
                     if pruned is Part.FFN:
-                        self._changes.put(key, hidden)
-                        self._edge(2 * index + 1, key)
-                        hidden = self._changes.take(key)
-                self._changes.put(key, hidden)
-                self._edge(2 * index + 2, key)
+                        self._edge(middle, key, hidden)
+                self._edge(2 * index + 2, key, hidden)
+                if index + 1 < total:
+                    self._changes.put(key, hidden)
                 if self._progress is not None:
                     done = index * len(parts) + number + 1
                     self._progress("load", done, total * len(parts) + len(self._kept))
-        for key in parts if total else ():
-            self._changes.take(key)
 
-    def _edge(self, position: int, key: Row) -> None:
+    def _edge(self, position: int, key: Row, hidden: torch.Tensor) -> None:
         """At a position on the residual stream of some rows: a gap may end here, and one may begin."""
-        ending, starting = (next((g for g in self._anchors if at(g) == position), None) for at in (_stop, _start))
-        if ending is not None:
-            self._changes.put((ending, *key), self._changes.get(key) - self._changes.take(("entered", *key)))
-        if starting is not None:
-            self._changes.put(("entered", *key), self._changes.get(key))
+        if (gap := self._ending.get(position)) is not None:
+            self._changes.put((gap, *key), hidden - self._changes.take(("entered", *key)))
+        if position in self._starting:
+            self._changes.put(("entered", *key), hidden)
 
     def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
         """Add the stitched submodel's gradient of the mean over `counted` response tokens; returns the summed loss."""
-        total, rows = 0.0, 0
-        for j, part in enumerate(micro_batches(batch, micro_batch)):
-            for gap, anchor in self._anchors.items():
-                anchor.change = self._changes.get((gap, step, j))
-            loss, found = self.submodel.loss(part)
-            if found:
-                (loss / counted).backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-            del loss
+
+        def drop() -> None:
             for anchor in self._anchors.values():
                 anchor.change = None
-            self.submodel.passed(step, rows := rows + len(part["labels"]))
+
+        def before(j: int) -> None:
+            drop()  # the last micro-batch's changes, before this one's are read
+            for gap, anchor in self._anchors.items():
+                anchor.change = self._changes.get((gap, step, j))
+
+        total = self.submodel.gradients(step, batch, micro_batch, counted, before)
+        drop()
         return total
 
     def blocks(self) -> list[LoraBlock]:
@@ -178,11 +177,3 @@ class Anchored:
         """Give the submodel and the changes back."""
         self._submodel = None
         self._changes.close()
-
-
-def _start(gap: Gap) -> int:
-    return gap.start
-
-
-def _stop(gap: Gap) -> int:
-    return gap.stop

@@ -12,9 +12,8 @@ for _name, _value in (("OPENBLAS_NUM_THREADS", "1"), ("OMP_NUM_THREADS", "1"), (
 
 import typer
 
-from common.errors import FedPrunerError
 from fp_client import commands_doctor, commands_model, commands_plan, commands_probe
-from fp_client.commands import HERE, Directory, Json
+from fp_client.commands import HERE, Directory, Json, run_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -70,11 +69,7 @@ for _module in (commands_plan, commands_probe, commands_doctor, commands_model):
 
 def main() -> None:
     """Entry point: errors of ours become one line and their exit code."""
-    try:
-        app()
-    except FedPrunerError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from common.errors import ConfigError
+from common.errors import ConfigError, FedPrunerError
 from fp_client.config import FILE, ClientConfig
 
 # No markup: messages and paths hold square brackets of their own.
@@ -42,3 +42,12 @@ def only_model(config: ClientConfig, name: str, directory: Path) -> str:
         known = ", ".join(sorted(config.models)) or "none"
         raise ConfigError(f"{directory / FILE}: say which model with --model (configured: {known})")
     return next(iter(config.models))
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line: errors of ours become one line and their exit code."""
+    try:
+        app()
+    except FedPrunerError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
+from common.checkpoint import EMBEDDING_KEY, Checkpoint
+from common.tensorfile import ITEMSIZE
 from common.types import Part, ProbeSpec, Quantization, Start, TrainSpec, UnitId, model_units, unit_modules
 from fp_client.shapes import Shape
 from fp_client.units import Kept as KeptParts
@@ -48,6 +51,12 @@ class Setting:
     itemsize: int = 4
     stored: int = 4
     threads: int = 1
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, quantization: Quantization, dtype: str, threads: int) -> Self:
+        """For a checkpoint's weights, computed in `dtype`: ``float32`` or ``bfloat16``."""
+        stored = ITEMSIZE[checkpoint.info(EMBEDDING_KEY).dtype]
+        return cls(quantization, 2 if dtype == "bfloat16" else _FP32, stored, threads)
 
     @property
     def overhead(self) -> int:

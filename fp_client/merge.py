@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +22,7 @@ from common.checkpoint import Checkpoint
 from common.errors import ConfigError, ModelError, StorageError
 from common.files import disk_full
 from common.tensorfile import TensorFile
+from fp_client.messages import OnProgress
 from fp_client.tensors import CHUNK, DTYPES, bytes_view, read_into_tensor, stored_dtype
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -122,7 +122,7 @@ def _write_shard(path: Path, source: TensorFile, checkpoint: Checkpoint, adapter
         os.fsync(out.fileno())
 
 
-def merge(checkpoint_dir: Path, adapter_dir: Path, out_dir: Path, progress: Callable[[str, int, int], None] | None = None) -> int:
+def merge(checkpoint_dir: Path, adapter_dir: Path, out_dir: Path, progress: OnProgress | None = None) -> int:
     """Write the base with the adapter merged in; returns the number of weights that changed.
 
     `out_dir` must not exist; it appears whole or not at all. Everything else of the base directory (configuration,

@@ -8,11 +8,15 @@ End of the worker's input means that the daemon is gone, and ends the worker at 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from common.types import Assignment, Gradient, ProbeTask, Quantization, TrainSpec, UnitId, UpdateMetrics
 from fp_client.data import DataSource
 from fp_client.pace import Pace
+
+OnProgress = Callable[[str, int, int], None]
+"""A sign of life from a task: phase, done, total."""
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,14 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from common.codec import from_json, to_json
 from common.errors import BY_NAME, BudgetError, FedPrunerError, WorkerError
-from fp_client.messages import Ready, WorkerConfig
+from fp_client.messages import OnProgress, Ready, WorkerConfig
 
 log = logging.getLogger(__name__)
 
-OnProgress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}

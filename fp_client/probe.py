@@ -8,7 +8,7 @@ of the rows and the Gram matrices. The same pass gives the full model's loss on 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +24,10 @@ from fp_client.batches import Batch
 from fp_client.families import backbone, logit_softcap, without_component
 from fp_client.loader import UnitLoader
 from fp_client.loss import response_positions, streamed_loss
+from fp_client.messages import OnProgress
 from fp_client.similarity import CkaAccumulator, sample_positions, split
 from fp_client.template import IGNORE
 
-Progress = Callable[[str, int, int], None]
 NORM_ROWS = 1024
 """Token states normed at a time before the head."""
 
@@ -91,7 +91,7 @@ class _Run:
     loader: UnitLoader
     adapter: Mapping[int, Sequence[LoraBlock]]
     micro_rows: int
-    progress: Progress | None
+    progress: OnProgress | None
     passes: int
     layers: int
     components: bool
@@ -124,7 +124,7 @@ def probe(
     similarity: bool = True,
     micro_rows: int = 4,
     pass_rows: int = 64,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> ProbeResult:
     """Similarities of the full model W_0 + ΔW on `batch`, and its mean response-token loss on `heldout`.
 

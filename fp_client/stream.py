@@ -9,7 +9,6 @@ checkpointed step with everything in memory computes, in the same order.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,17 +19,17 @@ import torch
 from torch import nn
 
 from common.types import LoraBlock, TrainSpec, UnitId
-from fp_client.adapter import attach_ledger, extract, inject
+from fp_client.adapter import attach_ledger, extract, inject, seed_of
 from fp_client.batches import Batch, micro_batches
 from fp_client.families import backbone, logit_softcap
 from fp_client.loader import UnitLoader
 from fp_client.loss import chunked_loss, head_loss, response_positions
 from fp_client.memory import StreamPlan
+from fp_client.messages import OnProgress
 from fp_client.spill import Spill
 from fp_client.submodel import frozen, starting
 from fp_client.units import keep
 
-Progress = Callable[[str, int, int], None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a family passes to one of its layers besides the residual stream."""
 LENGTHS = 8
@@ -186,7 +185,7 @@ class Streamed:
         adapter: Mapping[int, Sequence[LoraBlock]],
         plan: StreamPlan,
         scratch: Path,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> None:
         """`adapter`: the broadcast ΔW of every layer. `scratch`: where activations are spilled.
 
@@ -230,8 +229,7 @@ class Streamed:
             yield
             return
         with torch.random.fork_rng(devices=[self.loader.device] if self.loader.device.type == "cuda" else []):
-            digest = hashlib.sha256("/".join(map(str, (self.spec.seed, *where))).encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+            torch.manual_seed(seed_of(self.spec.seed, *where))
             yield
 
     # -- a round -------------------------------------------------------------------------------------

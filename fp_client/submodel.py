@@ -22,6 +22,7 @@ from fp_client.batches import Batch, micro_batches
 from fp_client.families import backbone, logit_softcap, prune_component
 from fp_client.loader import RowEmbedding, UnitLoader
 from fp_client.loss import chunked_loss, response_positions
+from fp_client.messages import OnProgress
 from fp_client.units import Gap, Kept, keep
 
 
@@ -65,7 +66,7 @@ class Submodel:
     trainable: list[nn.Parameter]
     device: torch.device
     backbone_name: str
-    progress: Callable[[str, int, int], None] | None = None
+    progress: OnProgress | None = None
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """(summed response-token loss, fp32 scalar with gradient; number of response tokens).
@@ -91,10 +92,16 @@ class Submodel:
     def begin(self, batches: Sequence[Batch], micro_batch: int) -> None:
         """Nothing to prepare: what a step needs is in memory."""
 
-    def gradients(self, step: int, batch: Batch, micro_batch: int, counted: int) -> float:
-        """Add the gradient of the mean over `counted` response tokens to the LoRA factors; returns the summed loss."""
+    def gradients(
+        self, step: int, batch: Batch, micro_batch: int, counted: int, before: Callable[[int], None] = lambda j: None
+    ) -> float:
+        """Add the gradient of the mean over `counted` response tokens to the LoRA factors; returns the summed loss.
+
+        `before`: called with the place of each micro-batch in the step, before it runs.
+        """
         total, rows = 0.0, 0
-        for part in micro_batches(batch, micro_batch):
+        for j, part in enumerate(micro_batches(batch, micro_batch)):
+            before(j)
             loss, found = self.loss(part)
             if found:
                 (loss / counted).backward()  # type: ignore[no-untyped-call]
@@ -114,7 +121,7 @@ def load_submodel(
     spec: TrainSpec,
     adapter: Iterable[LoraBlock] = (),
     checkpointing: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: OnProgress | None = None,
     anchors: Mapping[Gap, nn.Module] | None = None,
 ) -> Submodel:
     """Load the drawn units, and only their tensors, with ΔW frozen on them and trainable LoRA on the targets.
@@ -126,7 +133,7 @@ def load_submodel(
     model = loader.model()
     layers = loader.layers(model)
     assigned = keep(units, len(layers), spec.targets)
-    stitches = anchors or {}
+    stitches = {gap.start: anchor for gap, anchor in (anchors or {}).items()}
     ledger = by_layer(adapter)
     trainable: list[nn.Parameter] = []
     kept: dict[int, nn.Module] = {}
@@ -141,8 +148,7 @@ def load_submodel(
                 _checkpoint(layer)
             if progress is not None:
                 progress("load", len(kept), len(assigned))
-        before = next((stitches[gap] for gap in stitches if gap.start == 2 * index), None)
-        after = next((stitches[gap] for gap in stitches if gap.start == 2 * index + 1), None)
+        before, after = stitches.get(2 * index), stitches.get(2 * index + 1)
         layers[index] = layer if before is None and after is None else Stitched(before, layer, after)
     head = loader.head()
     embedding = backbone(model, loader.family).get_submodule(loader.family.embedding)

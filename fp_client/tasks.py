@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from common.blocks import block_names, key, read_block, write_blocks
-from common.checkpoint import EMBEDDING_KEY, Checkpoint
+from common.checkpoint import Checkpoint
 from common.codec import from_json
 from common.errors import ModelError, ProtocolError, WorkerError
-from common.tensorfile import ITEMSIZE, TensorFile
+from common.tensorfile import TensorFile
 from common.types import Assignment, Gradient, LoraBlock, ProbeReport, TaskKey, UpdateMetrics
 from fp_client import batches as data
 from fp_client import measure, memory, planner
@@ -31,6 +31,7 @@ from fp_client.messages import (
     FidelityArgs,
     FidelityResult,
     ModeFidelity,
+    OnProgress,
     PaceArgs,
     ProbeArgs,
     TrainArgs,
@@ -45,8 +46,6 @@ from fp_client.template import IGNORE
 from fp_client.train import Trainer, check_spec, train
 from fp_client.trainers import open_trainer, signs_of_life
 from fp_client.warmup import warm_up
-
-OnProgress = Callable[[str, int, int], None]
 
 LOOKED_AT = 4
 """Steps whose rows say what a typical one is."""
@@ -320,8 +319,7 @@ class Tasks:
         return UnitLoader(checkpoint, self.config.device, self.dtype, self.config.quantization, store, self.config.fingerprint)
 
     def _setting(self, checkpoint: Checkpoint) -> memory.Setting:
-        stored = ITEMSIZE[checkpoint.info(EMBEDDING_KEY).dtype]
-        return memory.Setting(self.config.quantization, self.dtype.itemsize, stored, self.config.threads)
+        return memory.Setting.of(checkpoint, self.config.quantization, self.config.dtype, self.config.threads)
 
     def _dataset(self, window: int) -> data.Dataset:
         if window not in self._datasets:

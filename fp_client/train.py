@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from torch import nn
 from common.errors import DataError, ProtocolError
 from common.types import Estimator, Factors, Gradient, LoraBlock, TrainSpec
 from fp_client.batches import Batch, micro_batches
+from fp_client.messages import OnProgress
 from fp_client.template import IGNORE
 
 __all__ = ["TrainResult", "Trainer", "check_spec", "micro_batches", "train"]
@@ -77,7 +78,7 @@ def train(
     batches: Iterable[Batch],
     spec: TrainSpec,
     micro_batch: int,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> TrainResult:
     """`spec.steps` AdamW steps (weight decay 0, constant learning rate) on the trainer's LoRA.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,15 +11,14 @@ from common.types import Gradient, LoraBlock, TrainSpec, UnitId
 from fp_client.anchor import Anchored
 from fp_client.loader import UnitLoader
 from fp_client.memory import StreamPlan
+from fp_client.messages import OnProgress
 from fp_client.stream import Streamed
 from fp_client.submodel import load_submodel
 from fp_client.train import Trainer
 from fp_client.units import keep
 
-Progress = Callable[[str, int, int], None]
 
-
-def signs_of_life(progress: Progress, phase: str) -> Progress:
+def signs_of_life(progress: OnProgress, phase: str) -> OnProgress:
     """Reports whatever it is told as one phase with a count that only grows; a total of 0: nobody knows it."""
     count = 0
 
@@ -40,7 +39,7 @@ def open_trainer(
     plan: StreamPlan,
     scratch: Path,
     checkpointing: bool = True,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Iterator[Trainer]:
     """What makes the gradient that `spec.gradient` asks for; everything it holds is given back at the end.
 

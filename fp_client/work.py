@@ -8,9 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import EMBEDDING_KEY, Checkpoint, cached_fingerprint
+from common.checkpoint import Checkpoint, cached_fingerprint
 from common.errors import FedPrunerError
-from common.tensorfile import ITEMSIZE
 from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, RunSpec
 from fp_client import models
 from fp_client.config import ClientConfig, ModelSection, cache_dir, need_data, need_model
@@ -22,6 +21,7 @@ from fp_client.messages import (
     CheckResult,
     FidelityArgs,
     FidelityResult,
+    OnProgress,
     PaceArgs,
     ProbeArgs,
     TrainArgs,
@@ -30,7 +30,7 @@ from fp_client.messages import (
 )
 from fp_client.pace import Pace
 from fp_client.planner import Limits, Plan, plan
-from fp_client.pool import OnProgress, Worker
+from fp_client.pool import Worker
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ def data_source(config: ClientConfig, directory: Path) -> DataSource:
 
 def setting_of(config: ClientConfig, section: ModelSection, checkpoint: Checkpoint) -> Setting:
     """How this device computes with a model, as the planner wants it."""
-    stored = ITEMSIZE[checkpoint.info(EMBEDDING_KEY).dtype]
-    return Setting(section.quantization, 2 if config.dtype == "bfloat16" else 4, stored, config.threads)
+    return Setting.of(checkpoint, section.quantization, config.dtype, config.threads)
 
 
 def _pace_key(spec: RunSpec) -> tuple[Any, ...]:
@@ -109,13 +108,13 @@ class LocalWork:
 
     async def plan(self, spec: RunSpec) -> PlanReport:
         """Data counted with the tokenizer, and what the budget holds. Raises BudgetError with the smallest that would do."""
-        await asyncio.to_thread(self._planned, spec)  # a budget too small is refused before a worker starts
+        first = await asyncio.to_thread(self._planned, spec)  # a budget too small is refused before a worker starts
         worker = await self.worker(spec)
         window = max(spec.train.sequence_length, spec.probe.sequence_length)
         check = await worker.run("check", CheckArgs(window), CheckResult)
         if check.dropped:
             log.warning("run %s: %d examples are left out: their responses don't fit %d tokens", spec.run, check.dropped, window)
-        planned = await self._remembered(spec)
+        planned = await self._remembered(spec, first)
         return PlanReport(
             spec.run, check.samples, spec.fingerprint, planned.capacities, planned.unit_bytes, planned.smallest_budget,
             "", self.budget_bytes,
@@ -155,18 +154,23 @@ class LocalWork:
         worker = await self.worker(spec)
         return await worker.run("fidelity", args, FidelityResult, progress)
 
-    async def _remembered(self, spec: RunSpec) -> Plan:
-        """The run's plan; made again after a restart."""
+    async def _remembered(self, spec: RunSpec, first: Plan | None = None) -> Plan:
+        """The run's plan; made again after a restart. `first`: the plan without a pace, where it is known."""
         if spec not in self._plans:
-            self._plans[spec] = await asyncio.to_thread(self._planned, spec, await self.pace(spec))
+            planned: Plan = first if first is not None else await asyncio.to_thread(self._planned, spec)
+            pace = await self.pace(spec, planned)
+            self._plans[spec] = planned if pace is None else await asyncio.to_thread(self._planned, spec, pace)
         return self._plans[spec]
 
-    async def pace(self, spec: RunSpec) -> Pace | None:
+    async def pace(self, spec: RunSpec, first: Plan | None = None) -> Pace | None:
         """This device's pace, measured once. None where it can't be: it is only for predicting, so no task fails of it, and
-        what is wrong with weights or data is for the task itself to report. Raises BudgetError where nothing fits."""
+        what is wrong with weights or data is for the task itself to report. `first`: as for `_remembered`.
+
+        Raises BudgetError where nothing fits.
+        """
         key = _pace_key(spec)
         if key not in self._paces:
-            planned = await asyncio.to_thread(self._planned, spec)
+            planned: Plan = first if first is not None else await asyncio.to_thread(self._planned, spec)
             rows = min(mode.micro_batch for mode in planned.modes)
             try:
                 worker = await self.worker(spec)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from common.errors import FedPrunerError
+from fp_client.commands import run_app
 from fp_client.pool import worker_environment
 from fp_lab.report import collect, default_rounds, draw, markdown
 from fp_lab.results import Line
@@ -144,8 +144,4 @@ def report(
 
 def main() -> None:
     """Entry point: errors of ours become one line and their exit code."""
-    try:
-        app()
-    except FedPrunerError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
+    run_app(app)

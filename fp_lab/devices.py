@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from common.checkpoint import EMBEDDING_KEY, Checkpoint, cached_fingerprint
+from common.checkpoint import Checkpoint, cached_fingerprint
 from common.errors import ModelError
-from common.tensorfile import ITEMSIZE
 from common.types import (
     Assignment,
     Capacity,
@@ -30,10 +29,10 @@ from fp_client import measure
 from fp_client.batches import Dataset, heldout_batches
 from fp_client.data import DataSource, Split, open_rows
 from fp_client.memory import Setting
-from fp_client.messages import AdapterFile, CheckArgs, ProbeArgs, TrainArgs, WorkerConfig
+from fp_client.messages import AdapterFile, CheckArgs, OnProgress, ProbeArgs, TrainArgs, WorkerConfig
 from fp_client.planner import Limits, Plan, plan
 from fp_client.probe import probe
-from fp_client.tasks import AdapterFiles, OnProgress, Tasks, check_finite, collecting
+from fp_client.tasks import AdapterFiles, Tasks, check_finite, collecting
 from fp_client.template import Encoded, encode
 from fp_lab.experiment import Experiment, Row
 from fp_server.objects import ObjectStore
@@ -81,11 +80,9 @@ class Fleet:
             fingerprint = cached_fingerprint(checkpoint, self.cache)
             self.manifest: ModelManifest = checkpoint.manifest(experiment.model.name or "model", fingerprint)
             self._config = checkpoint.config
-            stored = ITEMSIZE[checkpoint.info(EMBEDDING_KEY).dtype]
+            self._setting = Setting.of(checkpoint, experiment.quantization, experiment.dtype, experiment.threads)
         finally:
             checkpoint.close()
-        itemsize = 2 if experiment.dtype == "bfloat16" else 4
-        self._setting = Setting(experiment.quantization, itemsize, stored, experiment.threads)
         self._tasks = DeviceTasks(
             WorkerConfig(
                 str(experiment.model), fingerprint, str(self.cache), DataSource(""), experiment.quantization,

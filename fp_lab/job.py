@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.errors import ConfigError, FedPrunerError, InUseError, StorageError
 from common.types import Assignment, ModelManifest, PlanReport, ProbeTask
-from fp_client.tasks import OnProgress
+from fp_client.messages import OnProgress
 from fp_lab.devices import Fleet, JobDevices
 from fp_lab.experiment import Experiment, Row, run_of
 from fp_lab.partition import device_names

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from common.errors import ConfigError, FedPrunerError, InUseError
+from fp_client.messages import OnProgress
 from fp_lab.experiment import Experiment, Row, load_experiment
 from fp_lab.results import Line, read
 
@@ -115,7 +116,7 @@ class Watch:
     """How a person follows: `say` a line, `progress` (phase, done, total) within a task, `line` after a round."""
 
     say: Callable[[str], None] = lambda _: None
-    progress: Callable[[str, int, int], None] = lambda *_: None
+    progress: OnProgress = lambda *_: None
     line: Callable[[JobPlace, Line, Line], None] = lambda *_: None
     """Job, the line of its first state, and the new line."""
 
