@@ -72,7 +72,7 @@ def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
     inputs = PlanInputs(
         probe.similarity, probe.in_out, capacity.units, report.unit_bytes, byte_limit(report, capacity, units),
         config.pruning.eigenvectors, tuple(config.upload_bytes(unit, machine.manifest) for unit in units),
-        config.limits.update_bytes or None,
+        config.limits.update_bytes or None, config.pruning.group_sizes,
     )  # fmt: skip
     rng = rng_for(config.run.seed, task.round, device, f"plan/{task.attempt}")
     draw = METHODS[config.run.method].plan(inputs, rng)

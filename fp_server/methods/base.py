@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import BudgetError
-from fp_server.pruning.grouping import Eigenvectors, Groups
+from fp_server.pruning.grouping import Eigenvectors, Groups, GroupSizes
 
 REDRAWS = 32
 """How often a draw that does not fit is repeated before one unit fewer is drawn."""
@@ -39,6 +39,7 @@ class PlanInputs:
     """(U,): bytes an update has of each unit; only needed with `upload_limit`."""
     upload_limit: int | None = None
     """Bytes the update of the drawn units may have; None: no limit."""
+    group_sizes: GroupSizes = "free"
 
     def fits(self, units: Sequence[int]) -> bool:
         """Whether these units together are within both limits."""

@@ -40,7 +40,7 @@ class FedPruner:
         most = group_count(units, inputs.capacity)
         redraws = 0
         for k in range(most, 0, -1):
-            groups = group(inputs.similarity, k, rng, inputs.eigenvectors)
+            groups = group(inputs.similarity, k, rng, inputs.eigenvectors, inputs.group_sizes)
             chances = probabilities(inputs.in_out, groups)
             for attempt in range(REDRAWS + 1):
                 redraws += attempt > 0

@@ -5,7 +5,8 @@
     {G_1 … G_k} = k-means(F, k)
 
 k-means is our own few lines: the partition must be the same for the same seed whatever scipy is
-installed, and never have an empty group.
+installed, and never have an empty group. Even groups (ours) bound their size: on real models Eq. 2 tends
+to cut single units off and leave one large group, of which a single unit is ever drawn.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
+import scipy.optimize
 
 Eigenvectors = Literal["k", "k-1"]
+GroupSizes = Literal["free", "even"]
 Groups = tuple[tuple[int, ...], ...]
 Float64 = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.intp]
@@ -37,11 +40,18 @@ def group_count(units: int, capacity: int) -> int:
     return min(units, capacity)
 
 
-def group(similarity: npt.NDArray[np.floating], k: int, rng: np.random.Generator, eigenvectors: Eigenvectors = "k") -> Groups:
+def group(
+    similarity: npt.NDArray[np.floating],
+    k: int,
+    rng: np.random.Generator,
+    eigenvectors: Eigenvectors = "k",
+    sizes: GroupSizes = "free",
+) -> Groups:
     """Put the units in k groups that behave alike (Eq. 2).
 
     `similarity`: (U, U), symmetrised here. `eigenvectors`: the paper's k, or k−1 (which is what separates
-    k planted groups, as the constant vector is the k-th). Returns k disjoint, non-empty groups of 0-based
+    k planted groups, as the constant vector is the k-th). `sizes`: "free" is the paper's; "even" lets no
+    group have more than ⌈U/k⌉ units. Returns k disjoint, non-empty groups of 0-based
     units that cover all U, each sorted, ordered by smallest member; the same for the same generator state.
     Raises ValueError when the matrix is not square or not finite, or k is outside 1..U.
     """
@@ -51,12 +61,14 @@ def group(similarity: npt.NDArray[np.floating], k: int, rng: np.random.Generator
         raise ValueError(f"can't make {k} groups of {units} units: k must lie in 1..{units}")
     if eigenvectors not in ("k", "k-1"):
         raise ValueError(f"eigenvectors is {eigenvectors!r}: expected 'k' or 'k-1'")
+    if sizes not in ("free", "even"):
+        raise ValueError(f"sizes is {sizes!r}: expected 'free' or 'even'")
     if k == 1:
         return (tuple(range(units)),)
     if k == units:
         return tuple((unit,) for unit in range(units))
     points = spectral_points(s, k if eigenvectors == "k" else k - 1)
-    labels = _best_partition(points, k, rng)
+    labels = _best_partition(points, k, rng, -(-units // k) if sizes == "even" else units)
     members = [tuple(np.flatnonzero(labels == label).tolist()) for label in range(k)]
     return tuple(sorted(members))
 
@@ -93,12 +105,12 @@ def _fixed_signs(vectors: Float64) -> Float64:
     return vectors * signs
 
 
-def _best_partition(points: Float64, k: int, rng: np.random.Generator) -> Labels:
-    """The labels 0..k−1 of least inertia over the restarts, every label used."""
+def _best_partition(points: Float64, k: int, rng: np.random.Generator, largest: int) -> Labels:
+    """The labels 0..k−1 of least inertia over the restarts, every label used, none by more than `largest`."""
     best: tuple[float, Labels] | None = None
     lacking: tuple[float, Labels] | None = None
     for _ in range(RESTARTS):
-        inertia, labels = _lloyd(points, _plus_plus(points, k, rng))
+        inertia, labels = _lloyd(points, _plus_plus(points, k, rng), largest)
         if len(np.unique(labels)) == k:
             # The margin keeps rounding from choosing between two starts that found the same partition.
             if best is None or inertia < best[0] * (1 - 1e-9):
@@ -124,20 +136,33 @@ def _plus_plus(points: Float64, k: int, rng: np.random.Generator) -> Float64:
     return np.stack(centres)
 
 
-def _lloyd(points: Float64, centres: Float64) -> tuple[float, Labels]:
+def _lloyd(points: Float64, centres: Float64, largest: int) -> tuple[float, Labels]:
     """Lloyd's iteration from given centres until the labels stand still. Returns (inertia, labels)."""
     distances = _squared_distances(points, centres)
-    labels = distances.argmin(axis=1)
+    labels = _assign(distances, largest)
     for _ in range(ITERATIONS):
         for label in range(len(centres)):
             if (labels == label).any():
                 centres[label] = points[labels == label].mean(axis=0)
         distances = _squared_distances(points, centres)
-        moved = distances.argmin(axis=1)
+        moved = _assign(distances, largest)
         if np.array_equal(moved, labels):
             break
         labels = moved
     return float(distances[np.arange(len(points)), labels].sum()), labels
+
+
+def _assign(distances: Float64, largest: int) -> Labels:
+    """Each point's centre: the nearest, or the choice of least sum when a centre takes at most `largest` points.
+
+    `distances`: (U, k). The bounded form is k-means with size constraints (Bradley, Bennett and Demiriz 2000), solved as an
+    assignment of points to `largest` seats at each centre.
+    """
+    nearest: Labels = distances.argmin(axis=1)
+    if np.bincount(nearest).max() <= largest:
+        return nearest
+    _, seats = scipy.optimize.linear_sum_assignment(np.repeat(distances, largest, axis=1))
+    return np.asarray(seats // largest, dtype=np.intp)
 
 
 def _squared_distances(points: Float64, centres: Float64) -> Float64:
