@@ -86,12 +86,20 @@ class Job:
     """A job of an experiment, in its own directory: ``log.sqlite``, ``objects/``, ``results.jsonl``."""
 
     def __init__(
-        self, experiment: Experiment, row: Row, seed: int, directory: Path, fleet: Fleet, progress: OnProgress | None = None
+        self,
+        experiment: Experiment,
+        row: Row,
+        seed: int,
+        directory: Path,
+        fleet: Fleet,
+        progress: OnProgress | None = None,
+        fast: bool = False,
     ) -> None:
         """Folds the log there is, or starts the run; the caller holds the directory (`locked`).
 
         Raises ConfigError when the directory holds a run of another configuration or model, StorageError when it's damaged.
         """
+        self.fast = fast
         self.experiment, self.row, self.seed, self.directory = experiment, row, seed, directory
         self.names = device_names(experiment.data.devices)
         self.store = ObjectStore(directory)
@@ -169,7 +177,7 @@ class Job:
         evaluation = None
         if committed % self.experiment.evaluate_every == 0 or committed == wanted:
             evaluation = self.devices.evaluate(self.machine.objects())
-        line = line_of(self.machine, committed, evaluation, self._spent)
+        line = line_of(self.machine, committed, evaluation, self._spent, self.fast)
         self._spent = dict.fromkeys(self._spent, 0.0)
         self.results.append(line)
         return line

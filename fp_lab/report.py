@@ -35,13 +35,17 @@ class RowResults:
         before = self.losses(0)
         return {seed: before[seed] - loss for seed, loss in self.losses(after).items() if seed in before}
 
-    def devices(self) -> list[Line]:
-        """What every device in every round has reported."""
-        return [one for _, lines in self.jobs for line in lines[1:] for one in line.get("devices", {}).values()]
+    def devices(self, timed: bool = False) -> list[Line]:
+        """What every device in every round has reported; `timed`: of the rounds whose seconds and peaks count."""
+        return [one for line in (self.timed() if timed else self.lines()) for one in line.get("devices", {}).values()]
 
     def lines(self) -> list[Line]:
         """The lines of all rounds."""
         return [line for _, lines in self.jobs for line in lines[1:]]
+
+    def timed(self) -> list[Line]:
+        """The lines whose seconds and peaks are those of a device's worker: all but the fast ones."""
+        return [line for line in self.lines() if not line.get("fast")]
 
 
 def collect(experiment: Experiment, directory: Path) -> list[RowResults]:
@@ -134,19 +138,20 @@ def _costs(results: Sequence[RowResults]) -> str:
     ]  # fmt: skip
     body = []
     for row in results:
-        devices, lines = row.devices(), row.lines()
-        seconds = [line["seconds"] for line in lines]
+        devices, lines, timed = row.devices(), row.lines(), row.devices(timed=True)
+        seconds = [line["seconds"] for line in row.timed()]
         body.append([
             row.row.name, str(len(lines)), _mean(map(_units, devices), "{:.0f}"), _mean(_values(seconds, "devices")),
-            _mean(_values(seconds, "aggregate")), _mean(_values(devices, "probe_seconds")),
-            _mean(_values(devices, "train_seconds")), _mean(_values(devices, "step_seconds"), "{:.2f}"),
+            _mean(_values(seconds, "aggregate")), _mean(_values(timed, "probe_seconds")),
+            _mean(_values(timed, "train_seconds")), _mean(_values(timed, "step_seconds"), "{:.2f}"),
             _mean(_values(lines, "bytes_up"), human), _mean(_values(lines, "bytes_down"), human),
-            _most(devices, "predicted_peak"), _most(devices, "train_peak"), _most(devices, "probe_peak"),
+            _most(devices, "predicted_peak"), _most(timed, "train_peak"), _most(timed, "probe_peak"),
             _mean(_values(devices, "fidelity"), "{:.3f}"),
         ])  # fmt: skip
     return _table(heads, body) + (
         "\n\nDevices and aggregate: seconds of a round, one device after another. Probe, train, step and fidelity: means over "
-        "devices and rounds. Peaks: the largest seen, above the warmed process."
+        "devices and rounds. Peaks: the largest seen, above the warmed process. "
+        "Seconds and peaks leave out rounds run with --fast."
     )
 
 

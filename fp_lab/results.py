@@ -21,7 +21,7 @@ from fp_server.roundstate import Member, Round
 
 Line = dict[str, Any]
 MEASURED = frozenset(
-    {"seconds", "probe_seconds", "train_seconds", "step_seconds", "predicted_step_seconds", "probe_peak", "train_peak"}
+    {"fast", "seconds", "probe_seconds", "train_seconds", "step_seconds", "predicted_step_seconds", "probe_peak", "train_peak"}
 )
 """Keys whose values differ from run to run: times and memory."""
 
@@ -62,14 +62,17 @@ class Results:
         self.lines.append(line)
 
 
-def line_of(machine: RunMachine, committed: int, evaluation: Evaluation | None, spent: dict[str, float]) -> Line:
+def line_of(
+    machine: RunMachine, committed: int, evaluation: Evaluation | None, spent: dict[str, float], fast: bool = False
+) -> Line:
     """The line of the state after `committed` rounds, which must be the machine's state. `spent`: seconds of the round's
-    other parts."""
+    other parts; `fast`: they and the peaks are not those of a device's worker."""
     line: Line = {
         "round": committed,
         "loss": evaluation.loss if evaluation else None,
         "tokens": evaluation.tokens if evaluation else None,
         "seconds": {**spent, "evaluate": evaluation.seconds if evaluation else 0.0},
+        "fast": fast,
         "ledger": _digest(machine),
     }
     for a_round, commit in machine.history[::-1]:

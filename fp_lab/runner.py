@@ -122,7 +122,14 @@ class Watch:
 
 
 def run_jobs(
-    experiment: Experiment, text: str, directory: Path, jobs: list[JobPlace], rounds: int | None, signals: Signals, watch: Watch
+    experiment: Experiment,
+    text: str,
+    directory: Path,
+    jobs: list[JobPlace],
+    rounds: int | None,
+    signals: Signals,
+    watch: Watch,
+    fast: bool = False,
 ) -> int:
     """Work on the jobs that aren't finished or busy; returns how many were left out as busy. Raises Stopped.
 
@@ -154,7 +161,7 @@ def run_jobs(
         try:
             with (
                 locked(place.directory),
-                closing(Job(experiment, place.row, place.seed, place.directory, fleet, progress)) as job,
+                closing(Job(experiment, place.row, place.seed, place.directory, fleet, progress, fast)) as job,
             ):
                 watch.say(
                     f"{place.label}: {len(job.results.lines) - 1} of {place.rounds} rounds done"

@@ -44,6 +44,13 @@ def test_eigenvectors_option_reaches_the_grouping() -> None:
     assert METHOD.plan(given, np.random.default_rng(9)).groups == group(given.similarity, 4, np.random.default_rng(9), "k-1")
 
 
+def test_group_sizes_option_reaches_the_grouping() -> None:
+    given = dataclasses.replace(inputs(), group_sizes="even")
+    groups = METHOD.plan(given, np.random.default_rng(9)).groups
+    assert groups == group(given.similarity, 4, np.random.default_rng(9), sizes="even")
+    assert groups != METHOD.plan(inputs(), np.random.default_rng(9)).groups
+
+
 def test_a_capacity_beyond_the_model_takes_all_of_it() -> None:
     assert METHOD.plan(inputs(units=5, capacity=9), np.random.default_rng(0)).units == (0, 1, 2, 3, 4)
 

@@ -139,6 +139,43 @@ def test_partition_of_a_tiny_case_is_the_best_of_all() -> None:
     assert inertia(found) == pytest.approx(inertia(best))
 
 
+def test_even_groups_of_a_tiny_case_are_the_best_of_all_within_the_bound() -> None:
+    """Twin: every assignment of 7 points to 3 groups of at most 3; one unit stands far off, and free groups leave it alone."""
+    for seed in range(5):
+        s = np.random.default_rng(seed).uniform(0.7, 1, (7, 7))
+        s[4] = s[:, 4] = 0.1
+        s = (s + s.T) / 2
+        points = spectral_points(s, 3)
+
+        def inertia(labels: np.ndarray, points: np.ndarray = points) -> float:
+            return float(sum(((points[labels == i] - points[labels == i].mean(0)) ** 2).sum() for i in range(3)))
+
+        every = (np.array(labels) for labels in itertools.product(range(3), repeat=7))
+        best = min((labels for labels in every if set(np.bincount(labels, minlength=3)) <= {1, 2, 3}), key=inertia)
+        found = group(s, 3, np.random.default_rng(0), sizes="even")
+        assert is_partition(found, 7, 3) and max(map(len, found)) == 3
+        assert inertia(labels_of(found)) == pytest.approx(inertia(best))
+        assert max(map(len, group(s, 3, np.random.default_rng(0)))) > 3
+
+
+def test_even_groups_leave_alone_what_is_even_already() -> None:
+    blocks = np.kron(np.eye(3), np.ones((4, 4))) + 0.1
+    for eigenvectors in ("k", "k-1"):
+        free, even = (group(blocks, 3, np.random.default_rng(1), eigenvectors, sizes) for sizes in ("free", "even"))  # type: ignore[arg-type]
+        assert free == even == (tuple(range(4)), tuple(range(4, 8)), tuple(range(8, 12)))
+
+
+@pytest.mark.parametrize("eigenvectors", ["k", "k-1"])
+def test_even_groups_cover_all_whatever_the_matrix(eigenvectors: grouping.Eigenvectors) -> None:
+    line = np.linspace(0.1, 1, 9)
+    blocks = np.kron(np.eye(3), np.ones((3, 3)))
+    for s in (np.ones((9, 9)), np.zeros((9, 9)), np.eye(9), blocks, np.outer(line, line)):
+        for k in range(1, 10):
+            found = group(s, k, np.random.default_rng(k), eigenvectors, "even")
+            assert is_partition(found, 9, k) and max(map(len, found)) <= -(-9 // k)
+            assert found == group(s, k, np.random.default_rng(k), eigenvectors, "even")
+
+
 def test_empty_clusters_are_filled_from_the_largest() -> None:
     points = np.array([[0.0], [0.1], [5.0], [9.0]])
     labels = split_largest(points, np.array([0, 0, 0, 1]), 4)
@@ -167,6 +204,8 @@ def test_bad_input_is_named() -> None:
             group(np.ones((3, 3)), k, rng)
     with pytest.raises(ValueError, match="eigenvectors"):
         group(np.ones((3, 3)), 2, rng, "k+1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'free' or 'even'"):
+        group(np.ones((3, 3)), 2, rng, sizes="odd")  # type: ignore[arg-type]
     assert (group_count(8, 12), group_count(30, 12)) == (8, 12)
     with pytest.raises(ValueError, match="at least 1"):
         group_count(8, 0)

@@ -45,6 +45,7 @@ BAD = [
     ("[train]\nfidelity = 1\n", "train.fidelity: Input should be a valid boolean"),
     ("[limits]\nupdate_bytes = -1\n", "limits.update_bytes"),
     ("[pruning]\nunits = 'ffn'\n", "pruning.units: Input should be 'layer' or 'component' (got 'ffn')"),
+    ("[pruning]\ngroup_sizes = 'odd'\n", "pruning.group_sizes: Input should be 'free' or 'even'"),
     ("[pruning]\neigenvectors = 'k+1'\n", "pruning.eigenvectors: Input should be 'k' or 'k-1'"),
     ("[limits]\nmin_holders = 0\n", "limits.min_holders"),
     ("[limits]\nmax_update_norm = -1.0\n", "limits.max_update_norm"),
