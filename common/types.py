@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -221,6 +222,8 @@ class RunSpec:
     """The longest a training step may take; 0: no limit."""
     update_bytes: int = 0
     """The most bytes an update may have; 0: no limit."""
+    similarity: bool = True
+    """Whether probes are asked for the similarity matrix; without, for the held-out loss alone."""
 
 
 @dataclass(frozen=True)
@@ -305,6 +308,11 @@ class ProbeReport:
     tokens: int
     peak_bytes: int
     seconds: float
+
+    @classmethod
+    def of_nothing(cls, key: TaskKey) -> Self:
+        """Of a device that measured nothing: it may not tell, or has no held-out rows."""
+        return cls(key, np.zeros((0, 0), np.float32), np.zeros(0, np.float32), 0.0, 0, 0, 0.0)
 
 
 @dataclass(frozen=True)

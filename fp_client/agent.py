@@ -240,10 +240,13 @@ class Agent:
             await _cancel(beat)
 
     async def _probe(self, spec: RunSpec, task: ProbeTask) -> None:
-        self._policy.check_probe(task)
+        self._policy.check_probe(spec, task)
         _same_weights(spec, await self._work.fingerprint(spec, self._note))
-        adapter = await self._fetch(task.adapter)
-        report = self._policy.redact(await self._work.probe(spec, task, adapter, self._note))
+        if self._policy.tells(task):
+            adapter = await self._fetch(task.adapter)
+            report = self._policy.redact(await self._work.probe(spec, task, adapter, self._note))
+        else:
+            report = ProbeReport.of_nothing(task.key)
         self._last_probe = (task, report)
         await self._tell(report)
 

@@ -43,10 +43,10 @@ class Policy(Section):
             raise PolicyError(f"{FILE}: models: {spec.model!r} is not among the allowed ({', '.join(self.models) or 'none'})")
         _at_most("max_rounds", self.max_rounds, "rounds", spec.rounds)
         _at_most("max_rank", self.max_rank, "a broadcast rank of", spec.broadcast_rank)
-        if not self.upload_similarity:
+        if spec.similarity and not self.upload_similarity:
             raise PolicyError(
                 f"{FILE}: upload_similarity is false, and without its similarity matrix this device can't be given layers in any "
-                f"round of method {spec.method!r}"
+                "round of this run"
             )
         self._check_train(spec.train)
         self._check_shape(spec.probe.batch_size, spec.probe.sequence_length)
@@ -69,15 +69,18 @@ class Policy(Section):
                 f"{FILE}: min_samples: this device has {samples} training examples, its policy wants {self.min_samples}"
             )
 
-    def check_probe(self, task: ProbeTask) -> None:
-        """May this be measured and told?"""
+    def check_probe(self, spec: RunSpec, task: ProbeTask) -> None:
+        """May this be measured?"""
         # A round that only measures comes once after the last that trains.
-        _at_most("max_rounds", self.max_rounds, "rounds", task.key.round + (1 if task.similarity else 0))
+        last = task.key.round == spec.rounds and not task.similarity
+        _at_most("max_rounds", self.max_rounds, "rounds", task.key.round + (0 if last else 1))
         self._check_shape(task.spec.batch_size, task.spec.sequence_length)
         if task.similarity and not self.upload_similarity:
             raise PolicyError(f"{FILE}: upload_similarity is false, and the server asks for the similarity matrix")
-        if not task.similarity and not self.upload_loss:
-            raise PolicyError(f"{FILE}: upload_loss is false, and the server asks for nothing but the held-out loss")
+
+    def tells(self, task: ProbeTask) -> bool:
+        """Whether anything is left to tell of such a probe; where nothing is, it need not be measured."""
+        return task.similarity or self.upload_loss
 
     def redact(self, report: ProbeReport) -> ProbeReport:
         """A probe's report without what must not be told."""

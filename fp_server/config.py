@@ -277,4 +277,5 @@ class RunConfig(Section):
             part=self.pruning.part, train=self.train_spec(manifest, self.train.learning_rate, 0),
             probe=self.probe_spec(0), broadcast_rank=self.lora.broadcast_rank, rounds=self.run.rounds,
             step_seconds=self.train.step_seconds, update_bytes=self.limits.update_bytes,
+            similarity=METHODS[self.run.method].probes,
         )  # fmt: skip

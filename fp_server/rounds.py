@@ -45,7 +45,6 @@ from fp_server.commands import (
     Tick,
 )
 from fp_server.config import RunConfig
-from fp_server.methods import METHODS
 from fp_server.roundstate import PHASES, Member, Phase, Round, Stage
 from fp_server.seeding import draw_devices, rng_for
 
@@ -98,7 +97,7 @@ class RunMachine:
     @property
     def similarity(self) -> bool:
         """Whether the current round's probes measure similarities, or the loss alone."""
-        return self.current is not None and not self.current.opened.evaluate and METHODS[self.config.run.method].probes
+        return self.current is not None and not self.current.opened.evaluate and self.spec.similarity
 
     def objects(self) -> tuple[UnitObject, ...]:
         """The broadcast adapter, an object a layer, as the current round began with it."""

@@ -111,7 +111,7 @@ class TrainSpec(_message.Message):
     def __init__(self, steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., learning_rate: _Optional[float] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., seed: _Optional[int] = ..., dropout: _Optional[float] = ..., gradient: _Optional[str] = ..., estimator: _Optional[str] = ..., start: _Optional[str] = ..., train: _Optional[str] = ..., upload: _Optional[str] = ..., fidelity: _Optional[bool] = ...) -> None: ...
 
 class RunSpec(_message.Message):
-    __slots__ = ("run", "model", "fingerprint", "method", "part", "train", "probe", "broadcast_rank", "rounds", "step_seconds", "update_bytes")
+    __slots__ = ("run", "model", "fingerprint", "method", "part", "train", "probe", "broadcast_rank", "rounds", "step_seconds", "update_bytes", "similarity")
     RUN_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +123,7 @@ class RunSpec(_message.Message):
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     UPDATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SIMILARITY_FIELD_NUMBER: _ClassVar[int]
     run: str
     model: str
     fingerprint: str
@@ -134,4 +135,5 @@ class RunSpec(_message.Message):
     rounds: int
     step_seconds: float
     update_bytes: int
-    def __init__(self, run: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., method: _Optional[str] = ..., part: _Optional[_Union[Part, str]] = ..., train: _Optional[_Union[TrainSpec, _Mapping]] = ..., probe: _Optional[_Union[ProbeSpec, _Mapping]] = ..., broadcast_rank: _Optional[int] = ..., rounds: _Optional[int] = ..., step_seconds: _Optional[float] = ..., update_bytes: _Optional[int] = ...) -> None: ...
+    similarity: bool
+    def __init__(self, run: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., method: _Optional[str] = ..., part: _Optional[_Union[Part, str]] = ..., train: _Optional[_Union[TrainSpec, _Mapping]] = ..., probe: _Optional[_Union[ProbeSpec, _Mapping]] = ..., broadcast_rank: _Optional[int] = ..., rounds: _Optional[int] = ..., step_seconds: _Optional[float] = ..., update_bytes: _Optional[int] = ..., similarity: _Optional[bool] = ...) -> None: ...

@@ -172,7 +172,7 @@ def run_spec_to_pb(spec: t.RunSpec) -> types_pb2.RunSpec:
         run=spec.run, model=spec.model, fingerprint=spec.fingerprint, method=spec.method, part=_PARTS[spec.part],
         train=train_spec_to_pb(spec.train), probe=probe_spec_to_pb(spec.probe),
         broadcast_rank=spec.broadcast_rank, rounds=spec.rounds, step_seconds=spec.step_seconds,
-        update_bytes=spec.update_bytes,
+        update_bytes=spec.update_bytes, similarity=spec.similarity,
     )  # fmt: skip
 
 
@@ -190,6 +190,7 @@ def run_spec_from_pb(m: types_pb2.RunSpec) -> t.RunSpec:
         rounds=m.rounds,
         step_seconds=_finite(m.step_seconds, "spec.step_seconds"),
         update_bytes=m.update_bytes,
+        similarity=m.similarity,
     )
 
 

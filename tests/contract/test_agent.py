@@ -485,6 +485,10 @@ def test_the_policy_keeps_the_loss(tmp_path):
             await device.hears("probe", probe_task())
             report = await server.sessions.next("probe")
             assert (report.loss, report.tokens, report.units) == (0.0, 0, 2)
+            await device.hears("probe", replace(probe_task(), similarity=False))  # as each round of method "random" asks
+            report = await server.sessions.next("probe")
+            assert (report.loss, report.tokens, report.units) == (0.0, 0, 0)
+            assert device.work.begun == ["plan", "probe"]  # the second was not measured at all
 
     against(tmp_path, body)
 

@@ -177,14 +177,18 @@ def test_tasks_are_held_to_the_policy_too():
         Policy(max_rounds=3).check_assignment(task)
     probe = ProbeTask(KEY, SPEC.probe, ())
     final = ProbeTask(replace(KEY, round=3), SPEC.probe, (), similarity=False)  # index = rounds: after the last that trains
-    Policy(max_rounds=3).check_probe(final)
+    Policy(max_rounds=3).check_probe(SPEC, final)
     for refused in (replace(final, similarity=True), replace(final, key=replace(KEY, round=4))):
         with pytest.raises(PolicyError, match="max_rounds"):
-            Policy(max_rounds=3).check_probe(refused)
+            Policy(max_rounds=3).check_probe(SPEC, refused)
+    loss_only = replace(probe, key=replace(KEY, round=2), similarity=False)  # every round of a run that groups nothing
+    Policy(max_rounds=3).check_probe(SPEC, loss_only)
+    with pytest.raises(PolicyError, match="max_rounds"):
+        Policy(max_rounds=2).check_probe(SPEC, loss_only)
     with pytest.raises(PolicyError, match="upload_similarity is false, and without"):
         Policy(upload_similarity=False).check_plan(SPEC)
+    Policy(upload_similarity=False).check_plan(replace(SPEC, similarity=False))
     with pytest.raises(PolicyError, match="upload_similarity"):
-        Policy(upload_similarity=False).check_probe(probe)
-    Policy(upload_similarity=False).check_probe(replace(probe, similarity=False))
-    with pytest.raises(PolicyError, match="nothing but the held-out loss"):
-        Policy(upload_loss=False).check_probe(replace(probe, similarity=False))
+        Policy(upload_similarity=False).check_probe(SPEC, probe)
+    Policy(upload_similarity=False).check_probe(SPEC, replace(probe, similarity=False))
+    assert Policy(upload_loss=False).tells(probe) and not Policy(upload_loss=False).tells(replace(probe, similarity=False))
