@@ -41,6 +41,7 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
     from common.checkpoint import Checkpoint
     from common.types import LoraBlock
     from fp_client import measure
+    from fp_client.batches import IGNORE
     from fp_client.loader import UnitLoader
     from fp_client.probe import probe
     from fp_client.tasks import collecting
@@ -82,21 +83,30 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
     task = case.task(mode)
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, shape.vocab, (case.batch, case.window), generator=generator)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+    def random_batch() -> dict[str, torch.Tensor]:
+        """All rows as long as the window; ragged: a quarter of it to all of it, the first row all."""
+        ids = torch.randint(3, shape.vocab, (case.batch, case.window), generator=generator)
+        lengths = torch.randint(case.window // 4, case.window + 1, (case.batch, 1), generator=generator)
+        lengths[0] = case.window
+        inside = torch.arange(case.window) < lengths if case.ragged else torch.ones_like(ids, dtype=torch.bool)
+        return {"input_ids": ids * inside, "attention_mask": inside.long(), "labels": ids.masked_fill(~inside, IGNORE)}
+
+    batches = [random_batch() for _ in range(case.steps)]
+    alone = [{name: rows[:, : int(batch["attention_mask"][-1].sum())] for name, rows in part.items()}
+             for batch in batches for part in [{name: tensor[-1:] for name, tensor in batch.items()}]]  # fmt: skip
     baseline = measure.footprint()
     with measure.Peak("cpu", baseline) as peak:
         loader = UnitLoader(checkpoint, "cpu", dtype, case.quantization, directory / "nf4", case.shape.ljust(64, "0"))
         if kind == "train":
             units, scratch = case.assigned(mode), directory / "spill"
-            batches = [batch] + [{name: rows.clone() for name, rows in batch.items()} for _ in range(case.steps - 1)]
             with open_trainer(loader, units, case.train_spec, Adapter(), task.stream, scratch, task.checkpointing) as trainer:
                 train(trainer, batches, case.train_spec, mode.micro_batch)
         else:
             rows = planned.probe_rows
-            held = [{name: tensor[:1] for name, tensor in batch.items()}] * case.heldout
+            held = [alone[row % len(alone)] for row in range(case.heldout)]
             probe(
-                loader, batch, held, case.probe_spec, Adapter(), micro_rows=rows.micro_rows, pass_rows=rows.pass_rows,
+                loader, batches[0], held, case.probe_spec, Adapter(), micro_rows=rows.micro_rows, pass_rows=rows.pass_rows,
                 progress=collecting(lambda *_: None),
             )  # fmt: skip
     predicted = task.estimate if kind == "train" else planned.probe

@@ -23,7 +23,10 @@ ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
 
 @dataclass(frozen=True)
 class Case:
-    """One setting. `budget` in MiB, 0 for no bound; `units` at most, 0 for what fits; `low`: the lowest layer assigned."""
+    """One setting. `budget` in MiB, 0 for no bound; `units` at most, 0 for what fits; `low`: the lowest layer assigned.
+
+    `ragged`: rows of ever other lengths, as real data has them, the window at most.
+    """
 
     shape: str
     budget: int
@@ -43,6 +46,7 @@ class Case:
     units: int = 0
     low: int = 0
     steps: int = 2
+    ragged: bool = False
 
     @property
     def name(self) -> str:
@@ -56,6 +60,7 @@ class Case:
                 (f"r{self.rank}", self.rank != 16), ("attention", self.targets == ATTENTION), ("bf16", self.dtype != "float32"),
                 (f"ledger {self.broadcast_rank} {self.start}", self.broadcast_rank),
                 (f"{self.threads} threads", self.threads > 1), (f"{self.steps} steps", self.steps != 2),
+                ("ragged", self.ragged),
             )
             if shown
         )  # fmt: skip
@@ -151,5 +156,13 @@ CASES = (
     Case("tinyllama-1.1b", 700, 2, 256, dtype="bfloat16", probe=False, gradient=STREAMED),
     Case("tinyllama-1.1b", 400, 4, 256, NF4, "bfloat16", probe=False, gradient=STITCHED),
     Case("tinyllama-1.1b", 900, 2, 256, dtype="bfloat16", probe=False, gradient=STITCHED),
+    # Rows of ever other lengths: every shape is new to the matrix kernels.
+    Case("smollm2-135m", 300, 4, 192, dtype="bfloat16", steps=10, ragged=True),
+    Case("smollm2-135m", 300, 4, 192, probe=False, steps=10, ragged=True),
+    Case("smollm2-135m", 176, 4, 192, dtype="bfloat16", probe=False, gradient=STREAMED, steps=10, ragged=True),
+    Case("smollm2-135m", 250, 4, 192, dtype="bfloat16", probe=False, gradient=STITCHED, units=8, steps=10, ragged=True),
+    Case("smollm2-135m", 160, 4, 192, NF4, "bfloat16", probe=False, gradient=STREAMED, steps=10, ragged=True),
+    Case("tinyllama-1.1b", 500, 1, 512, NF4, "bfloat16", heldout=8, steps=6, ragged=True),
+    Case("tinyllama-1.1b", 400, 4, 256, NF4, "bfloat16", probe=False, gradient=STREAMED, units=8, steps=4, ragged=True),
 )
 SEVEN = (Case("llama2-7b", 2861, 1, 512, NF4, probe=False), Case("llama2-7b", 2861, 1, 512, NF4, "bfloat16", probe=False))

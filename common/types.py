@@ -311,7 +311,7 @@ class ProbeReport:
 
     @classmethod
     def of_nothing(cls, key: TaskKey) -> Self:
-        """Of a device that measured nothing: it may not tell, or has no held-out rows."""
+        """Of a device that measured nothing, because it may tell nothing of it."""
         return cls(key, np.zeros((0, 0), np.float32), np.zeros(0, np.float32), 0.0, 0, 0, 0.0)
 
 

@@ -198,8 +198,6 @@ class Tasks:
         """The full model's similarities and held-out loss, one unit in memory at a time."""
         spec, begin = args.task.spec, time.monotonic()
         rows = self._dataset(spec.sequence_length)
-        if not (args.task.similarity or rows.split.heldout):
-            return ProbeReport.of_nothing(args.task.key)
         with measure.Peak(self.config.device, self.warmed_bytes) as peak, self._checkpoint() as checkpoint:
             batch = data.probe_batch(rows, spec, self.tokenizer) if args.task.similarity else None
             held = list(data.heldout_batches(rows, spec.batch_size, self.tokenizer))
