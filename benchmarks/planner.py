@@ -93,8 +93,12 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
         return {"input_ids": ids * inside, "attention_mask": inside.long(), "labels": ids.masked_fill(~inside, IGNORE)}
 
     batches = [random_batch() for _ in range(case.steps)]
-    alone = [{name: rows[:, : int(batch["attention_mask"][-1].sum())] for name, rows in part.items()}
-             for batch in batches for part in [{name: tensor[-1:] for name, tensor in batch.items()}]]  # fmt: skip
+    held = []
+    while len(held) < case.heldout:
+        batch = random_batch()
+        for row in range(case.batch):
+            held.append({name: rows[row : row + 1, : int(batch["attention_mask"][row].sum())] for name, rows in batch.items()})
+    held = held[: case.heldout]
     baseline = measure.footprint()
     with measure.Peak("cpu", baseline) as peak:
         loader = UnitLoader(checkpoint, "cpu", dtype, case.quantization, directory / "nf4", case.shape.ljust(64, "0"))
@@ -104,7 +108,6 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
                 train(trainer, batches, case.train_spec, mode.micro_batch)
         else:
             rows = planned.probe_rows
-            held = [alone[row % len(alone)] for row in range(case.heldout)]
             probe(
                 loader, batches[0], held, case.probe_spec, Adapter(), micro_rows=rows.micro_rows, pass_rows=rows.pass_rows,
                 progress=collecting(lambda *_: None),

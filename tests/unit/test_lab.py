@@ -206,6 +206,17 @@ def test_stop_after_rounds_and_go_on(experiment: Experiment, fleet: Fleet, undis
     assert outcome(finish(experiment, fleet, tmp_path)) == outcome(undisturbed["three"])
 
 
+def test_fast_rounds_are_marked_and_give_the_same_bits(
+    experiment: Experiment, fleet: Fleet, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    with closing(job(experiment, fleet, tmp_path)) as one:
+        one.run(1)
+    with closing(Job(experiment, experiment.find("three"), 3, tmp_path, fleet, fast=True)) as one:
+        one.run()
+    assert [line["fast"] for line in read(tmp_path / "results.jsonl")[1:]] == [False, True, True]
+    assert outcome(tmp_path) == outcome(undisturbed["three"])
+
+
 def test_a_torn_last_line_is_made_again(
     experiment: Experiment, fleet: Fleet, undisturbed: dict[str, Path], tmp_path: Path
 ) -> None:

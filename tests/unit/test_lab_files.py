@@ -135,17 +135,27 @@ def test_too_little_data_is_said(tmp_path: Path) -> None:
         prepare(tmp_path / "out", section.model_copy(update={"sources": []}), 64, Words())
 
 
-def write_results(experiment: Experiment, directory: Path, losses: dict[str, list[list[float]]]) -> None:
+def write_results(experiment: Experiment, directory: Path, losses: dict[str, list[list[float]]], fast_from: int = 99) -> None:
+    """Rounds from `fast_from` on were run with --fast: ten times the seconds and peaks."""
     for place in places(experiment, directory):
         place.directory.mkdir(parents=True)
         found = losses[place.row.name][experiment.seeds_of(place.row).index(place.seed)]
         with (place.directory / "results.jsonl").open("w") as file:
             for number, loss in enumerate(found):
-                one = {"units": ["1", "2"], "probe_seconds": 1.5, "train_seconds": 2.0, "train_peak": 3 << 20, "fidelity": 0.25}
+                fast = number >= fast_from
+                by = 10 if fast else 1
+                one = {
+                    "units": ["1", "2"],
+                    "probe_seconds": 1.5 * by,
+                    "train_seconds": 2.0 * by,
+                    "train_peak": (3 << 20) * by,
+                    "fidelity": 0.25,
+                }
                 line = {
                     "round": number,
                     "loss": loss,
-                    "seconds": {"devices": 4.5, "aggregate": 0.25, "evaluate": 1.0},
+                    "fast": fast,
+                    "seconds": {"devices": 4.5 * by, "aggregate": 0.25 * by, "evaluate": 1.0},
                     "bytes_up": 2048,
                 }
                 file.write(json.dumps({**line, "devices": {"d00": one}} if number else line) + "\n")
@@ -172,6 +182,14 @@ def test_report_and_status(tmp_path: Path) -> None:
     assert shown.exit_code == 0 and "2/12" in shown.output and "+0.5000" in shown.output
     written = CliRunner().invoke(cli.app, ["report", str(out), "--out", str(tmp_path / "page.md"), "--round", "2"])
     assert written.exit_code == 0 and "![full-model loss by round](page.png)" in (tmp_path / "page.md").read_text()
+
+
+def test_fast_rounds_count_for_losses_and_bytes_alone(tmp_path: Path) -> None:
+    experiment = load(tmp_path, "seeds = [0]\n" + SMALL)
+    write_results(experiment, tmp_path / "out", {"a": [[2.0, 1.9, 1.8]], "b": [[2.0, 1.8, 1.5]]}, fast_from=2)
+    page = markdown(experiment, collect(experiment, tmp_path / "out"), [2], None)
+    assert "| a | 1.800 | +0.200 |" in page
+    assert "| 2 | 4.5 | 0.2 | 1.5 | 2.0 |" in page and "| 3 MiB |" in page and "30 MiB" not in page
 
 
 def test_a_directory_without_an_experiment_is_said(tmp_path: Path) -> None:
