@@ -96,8 +96,8 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
     held = []
     while len(held) < case.heldout:
         batch = random_batch()
-        for row in range(case.batch):
-            held.append({name: rows[row : row + 1, : int(batch["attention_mask"][row].sum())] for name, rows in batch.items()})
+        lengths = batch["attention_mask"].sum(1).tolist()
+        held += [{name: rows[row : row + 1, :length] for name, rows in batch.items()} for row, length in enumerate(lengths)]
     held = held[: case.heldout]
     baseline = measure.footprint()
     with measure.Peak("cpu", baseline) as peak:
