@@ -11,6 +11,7 @@ from common.checkpoint import manifest_from_json
 from common.errors import ConfigError
 from common.pb import admin_pb2, admin_pb2_grpc, enroll_pb2, enroll_pb2_grpc
 from common.transport.wire import errors_to_status
+from fp_server import operations
 from fp_server.coordinator import Coordinator
 from fp_server.identity import Authority
 from fp_server.service import Context, caller
@@ -46,7 +47,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         """Start a run."""
         async with errors_to_status(context):
             caller(context, self._authority, "operator")
-            run = await self._coordinator.start_run(request.toml, manifest_from_json(request.manifest, "manifest"))
+            run = await operations.start_run(self._coordinator, request.toml, manifest_from_json(request.manifest, "manifest"))
             return admin_pb2.StartRunReply(run=run)
         raise AssertionError("unreachable")
 
@@ -54,7 +55,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         """Pause, resume or stop a run."""
         async with errors_to_status(context):
             caller(context, self._authority, "operator")
-            return admin_pb2.ControlRunReply(state=await self._coordinator.control(request.run, request.action))
+            return admin_pb2.ControlRunReply(state=await operations.control(self._coordinator, request.run, request.action))
         raise AssertionError("unreachable")
 
     async def ListRuns(self, request: admin_pb2.ListRunsRequest, context: Context) -> admin_pb2.ListRunsReply:  # noqa: N802
@@ -112,6 +113,6 @@ class Admin(admin_pb2_grpc.AdminServicer):
         async with errors_to_status(context):
             caller(context, self._authority, "operator")
             count = await self._authority.revoke(request.name)
-            await self._coordinator.kick(request.name)
+            await operations.kick(self._coordinator, request.name)
             return admin_pb2.RevokeReply(count=count)
         raise AssertionError("unreachable")

@@ -12,39 +12,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from common.errors import (
-    ConfigError,
     FedPrunerError,
-    IdentityError,
     InUseError,
     NotFound,
-    ProtocolError,
     StorageError,
     TooLate,
     UnreachableError,
 )
-from common.types import (
-    ModelManifest,
-    PlanReport,
-    ProbeReport,
-    Progress,
-    TaskFailed,
-    TaskKey,
-    UpdateReady,
-)
 from fp_server import events as e
-from fp_server.capacity import plan_problem
 from fp_server.commands import (
     Aggregate,
     Choose,
     Command,
     Connected,
     Disconnected,
-    PlanConfirmed,
-    ProgressSeen,
     Record,
     Recovered,
     Send,
@@ -52,12 +36,12 @@ from fp_server.commands import (
     Stimulus,
     Tick,
 )
-from fp_server.config import RunConfig, ServerConfig
+from fp_server.config import ServerConfig
 from fp_server.log import EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
-from fp_server.work import aggregate_round, choose_units, parse_run, run_started, started_config
+from fp_server.work import aggregate_round, choose_units, started_config
 
 logger = logging.getLogger("fp_server")
 
@@ -101,7 +85,7 @@ class Coordinator:
         self.sessions: dict[str, Session] = {}
         self._problems: dict[str, str] = {}
         self.changed = asyncio.Condition()
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._heavy = ThreadPoolExecutor(1, thread_name_prefix="heavy")
         self._tasks: set[asyncio.Task[None]] = set()
         self._writes: set[asyncio.Task[Any]] = set()
@@ -222,19 +206,21 @@ class Coordinator:
         What was begun is finished even when the caller is cancelled (its stream broke): an event that is in the
         log and not in the machine would be a state that no restart gives again.
         """
-        await self._whole(self._locked_post(happening))
+        await self.whole(self._locked_post(happening))
 
-    async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
+    async def whole(self, work: Coroutine[Any, Any, T]) -> T:
+        """Finish `work` even when the caller is cancelled."""
         task = asyncio.create_task(work)
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
         return await asyncio.shield(task)
 
     async def _locked_post(self, happening: e.Event | Stimulus) -> None:
-        async with self._lock:
-            await self._post(happening)
+        async with self.lock:
+            await self.post_locked(happening)
 
-    async def _post(self, happening: e.Event | Stimulus) -> None:
+    async def post_locked(self, happening: e.Event | Stimulus) -> None:
+        """`post`, for who holds the lock already."""
         machine = self.active
         if machine is None:
             return
@@ -272,9 +258,10 @@ class Coordinator:
             if machine.ended is not None:
                 self.active = None
             if not isinstance(happening, Tick) or effects:
-                await self._announce()
+                await self.announce()
 
-    async def _announce(self) -> None:
+    async def announce(self) -> None:
+        """Wake those who watch the status."""
         async with self.changed:
             self.changed.notify_all()
 
@@ -303,7 +290,7 @@ class Coordinator:
             event = e.DeviceDropped(
                 machine.name, command.key, command.device, "FedPrunerError", f"choosing units failed: {error}"
             )
-        await self._insist(event)
+        await self.insist(event)
 
     async def _aggregate(self, machine: RunMachine, command: Aggregate) -> None:
         loop = asyncio.get_running_loop()
@@ -324,13 +311,13 @@ class Coordinator:
             else:
                 self.note("aggregation")
                 self._bytes_down = 0
-                await self._insist(event)
+                await self.insist(event)
                 return
             await asyncio.sleep(delay)
             delay = min(60.0, delay * 2)
         self.note("aggregation")
 
-    async def _insist(self, event: e.Event) -> None:
+    async def insist(self, event: e.Event) -> None:
         """Post an event that must not be lost, waiting for disk space if need be."""
         while True:
             try:
@@ -347,7 +334,7 @@ class Coordinator:
         self.sessions[session.device] = session
         logger.info("device %s connected", session.device)
         await self.post(Connected(session.device))
-        await self._announce()
+        await self.announce()
 
     async def disconnect(self, session: Session) -> None:
         """A session ended; nothing happens when a newer one has taken its place."""
@@ -355,70 +342,7 @@ class Coordinator:
             del self.sessions[session.device]
             logger.info("device %s disconnected%s", session.device, f": {session.reason}" if session.reason else "")
             await self.post(Disconnected(session.device))
-            await self._announce()
-
-    async def plan_reported(self, device: str, report: PlanReport) -> None:
-        """A device said what it can hold."""
-        machine = self.active
-        if machine is None or report.run != machine.name or not machine.awaits_plan(device):
-            return
-        problem = report.refusal or plan_problem(report, machine.manifest, machine.units)
-        if problem:  # a refusal is one, whatever else the report holds: that has not been checked
-            report = replace(report, capacities=(), unit_bytes=(), refusal=problem)
-        before = machine.plans.get(device)
-        joined = before is not None and before.samples > 0
-        samples = before.samples if before is not None and joined else min(report.samples, self.config.max_samples)
-        event = e.PlanReceived(machine.name, device, report, samples)
-        if event == before:  # nothing that a restart would have to know
-            await self.post(PlanConfirmed(device))
-        else:
-            await self._insist(event)
-
-    async def unreadable(self, device: str, plan: bool, error: ProtocolError) -> None:
-        """A device sent what does not decode: as a plan it is a refusal, during a task it is out of the round."""
-        logger.warning("device %s: %s", device, error)
-        machine = self.active
-        if machine is None:
-            return
-        if plan:
-            await self.plan_reported(device, PlanReport(machine.name, 0, "", (), (), 0, f"its plan can't be read: {error}"))
-        elif machine.current is not None:
-            await self.reject(device, machine.current.opened.key, error)
-
-    async def probe_reported(self, device: str, r: ProbeReport) -> None:
-        """A device's probe came in. Raises ProtocolError when its matrix is not the model's."""
-        machine = self.active
-        if machine is None or r.key.run != machine.name:
-            return
-        member = machine.current.members.get(device) if machine.current is not None else None
-        if member is None or machine.current is None or machine.current.opened.key != r.key or member.probe is not None:
-            return
-        units = len(machine.units) if machine.similarity else 0
-        if text := _probe_problem(r, units):
-            await self._insist(e.DeviceDropped(machine.name, r.key, device, "ProtocolError", text))
-            return
-        await self._insist(
-            e.ProbeReceived(machine.name, r.key, device, r.similarity, r.in_out, r.loss, r.tokens, r.peak_bytes, r.seconds)
-        )
-
-    async def progressed(self, device: str, p: Progress) -> None:
-        """A device got further."""
-        await self.post(ProgressSeen(device, p.key, p.phase, p.done, p.total))
-
-    async def task_failed(self, device: str, failed: TaskFailed) -> None:
-        """A device can't do its task: it is out of this round."""
-        machine = self.active
-        if machine is not None and failed.key.run == machine.name:
-            logger.warning("device %s: %s: %s", device, failed.error, failed.message)
-            if self._expected(device, failed.key):
-                await self._insist(e.DeviceDropped(machine.name, failed.key, device, failed.error, failed.message))
-
-    def _expected(self, device: str, key: TaskKey) -> bool:
-        """Whether the current round still expects something of the device for `key`."""
-        current = self.active.current if self.active is not None else None
-        if current is None or current.opened.key != key or current.closed is not None:
-            return False
-        return device in current.members and not current.members[device].settled
+            await self.announce()
 
     def machine_for(self, run: str) -> RunMachine:
         """The active run, if it is this one. Raises NotFound."""
@@ -426,89 +350,6 @@ class Coordinator:
             raise NotFound(f"run {run!r} is not active here")
         return self.active
 
-    async def reject(self, device: str, key: TaskKey, error: FedPrunerError) -> None:
-        """An update failed its checks: the device is out of this round."""
-        if self._expected(device, key):
-            logger.warning("what %s sent for round %d is rejected: %s", device, key.round + 1, error)
-            await self._insist(e.DeviceDropped(key.run, key, device, type(error).__name__, str(error)))
-
-    async def accept(self, device: str, ready: UpdateReady) -> bool:
-        """An update is stored and checked: count it. True when it was counted before. Raises TooLate."""
-
-        async def work() -> bool:
-            async with self._lock:
-                machine = self.machine_for(ready.key.run)
-                if machine.check_push(device, ready.key, ready.ref):
-                    return True
-                await self._post(e.UpdateAccepted(machine.name, ready.key, device, ready.ref, ready.metrics))
-                return False
-
-        return await self._whole(work())
-
     def fetched(self, size: int) -> None:
         """Bytes of adapter objects sent to devices, for the round's account."""
         self._bytes_down += size
-
-    # -- what operators do -----------------------------------------------------------------------
-
-    async def start_run(self, toml: str, manifest: ModelManifest) -> str:
-        """Start a run. Raises ConfigError (bad file, name taken, another run active)."""
-        config: RunConfig = parse_run(toml, "run file")
-        config.check(manifest)
-        return await self._whole(self._start_run(config, toml, manifest))
-
-    async def _start_run(self, config: RunConfig, toml: str, manifest: ModelManifest) -> str:
-        async with self._lock:
-            if config.run.name in self.names:
-                raise ConfigError(f"run.name: there is already a run {config.run.name!r}; choose another name")
-            if self.active is not None:
-                raise ConfigError(f"run {self.active.name!r} is active; stop it first (`fp-server stop {self.active.name}`)")
-            event = run_started(config, toml, manifest)
-            await self.log.append(event, self.clock())
-            tell(event)
-            self.names.append(config.run.name)
-            self.active = RunMachine(config, manifest)
-            for device in sorted(self.sessions):
-                await self._post(Connected(device))
-        await self._announce()
-        return config.run.name
-
-    async def control(self, run: str, action: str) -> str:
-        """``pause``, ``resume`` or ``stop`` a run; returns its phase. Raises NotFound or ConfigError."""
-        machine = self.run(run)
-        if machine.ended is not None:
-            raise ConfigError(f"run {machine.name!r} has {machine.ended.outcome}; nothing to {action}")
-        if action == "pause":
-            if machine.paused is None:
-                await self.post(e.RunPaused(machine.name, "paused by the operator"))
-        elif action == "resume":
-            if machine.paused is not None:
-                await self.post(e.RunResumed(machine.name))
-        elif action == "stop":
-            await self.post(e.RunEnded(machine.name, "stopped", "stopped by the operator"))
-        else:
-            raise ConfigError(f"{action!r}: not an action (pause, resume or stop)")
-        return machine.phase
-
-    async def kick(self, name: str) -> None:
-        """Hang up a device's session (its certificate was revoked); the round goes on without it."""
-        error = IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
-        if (session := self.sessions.get(name)) is not None:
-            session.close(error)
-        current = self.active.current if self.active is not None else None
-        if current is not None:
-            await self.reject(name, current.opened.key, error)
-
-
-def _probe_problem(r: ProbeReport, units: int) -> str:
-    if r.similarity.shape[0] != units:
-        return f"the probe has {r.similarity.shape[0]} units, expected {units}"
-    if not units:
-        return ""
-    low = min(float(r.similarity.min()), float(r.in_out.min()))
-    high = max(float(r.similarity.max()), float(r.in_out.max()))
-    if low < -0.01 or high > 1.01:
-        return f"the probe's similarities lie between {low:.4g} and {high:.4g}; CKA lies between 0 and 1"
-    if float(abs(r.similarity - r.similarity.T).max()) > 0.01:
-        return "the probe's similarity matrix is not symmetric"
-    return ""

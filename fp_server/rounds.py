@@ -7,7 +7,6 @@ from the log is asked for as a `Record` command, and takes effect when that even
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +23,7 @@ from common.types import (
     UnitObject,
 )
 from fp_server import events as e
-from fp_server.capacity import choose_capacity, refusal
+from fp_server.capacity import choose_capacity
 from fp_server.commands import (
     Aggregate,
     Choose,
@@ -33,7 +32,6 @@ from fp_server.commands import (
     Disconnected,
     PlanConfirmed,
     ProgressSeen,
-    Record,
     Recovered,
     Send,
     SendAssignment,
@@ -45,8 +43,9 @@ from fp_server.commands import (
     Tick,
 )
 from fp_server.config import RunConfig
+from fp_server.decisions import decide
 from fp_server.roundstate import PHASES, Member, Phase, Round, Stage
-from fp_server.seeding import draw_devices, rng_for
+from fp_server.seeding import rng_for
 
 
 class RunMachine:
@@ -200,7 +199,7 @@ class RunMachine:
                 self._on_recovered(now, out)
             case Tick() | e.RunStarted():
                 pass
-        out.extend(self._advance(now))
+        out.extend(decide(self, now))
         return out
 
     def _member(self, device: str, key: TaskKey) -> Member | None:
@@ -279,95 +278,6 @@ class RunMachine:
                 out.append(Choose(self.current.opened.key, device))
         if self.current.closed is not None:
             out.append(Aggregate(self.current.opened.key))
-
-    # -- what is decided -------------------------------------------------------------------------
-
-    def _advance(self, now: float) -> list[Command]:
-        """The next decision that state and time allow; at most one, the next follows when it is handed back."""
-        if self.ended is not None:
-            return []
-        if self.current is not None:
-            return self._advance_round(self.current, now)
-        run = self.config.run
-        if self.next_round > run.rounds or (self.next_round == run.rounds and not run.final_evaluation):
-            return [Record(e.RunEnded(self.name, "finished"))]
-        if self.paused is not None:
-            return []
-        if self.failures >= run.max_attempts:
-            reason = f"round {self.next_round + 1} failed {self.failures} times; see the devices' errors, then resume"
-            return [Record(e.RunPaused(self.name, reason))]
-        able = sorted(d for d in self.connected - self.stale if self.capacity(d) is not None)
-        return self._open(able) if self.next_round < run.rounds else self._open_evaluation(able, now)
-
-    def _open_evaluation(self, able: list[str], now: float) -> list[Command]:
-        """The last round's devices report the loss once more; those that are away get the progress timeout to return."""
-        run, key = self.config.run, TaskKey(self.name, self.next_round, self.attempt)
-        last = next((r.opened.drawn for r, c in reversed(self.history) if c is not None), ())
-        waited = now - self.idle_since > run.progress_timeout_seconds
-        away = [d for d in last if d not in able and (d in self.stale or d not in self.connected)]
-        if away and not waited:
-            return []
-        drawn = tuple(d for d in last if d in able) or tuple(able)
-        if not drawn:
-            return [Record(e.RunEnded(self.name, "finished", "no device was there for the final evaluation"))]
-        return [Record(e.RoundOpened(self.name, key, tuple(able), drawn, {}, True))]
-
-    def _open(self, able: list[str]) -> list[Command]:
-        run, key = self.config.run, TaskKey(self.name, self.next_round, self.attempt)
-        if len(able) < run.min_devices:
-            return []
-        if (count := self.config.drawn(len(able))) < run.min_updates:
-            if len(self.connected) > len(able) and self.connected & self.stale:
-                return []  # more may be able in a moment
-            reason = (
-                f"{count} of {len(able)} able devices would be drawn, and a round needs run.min_updates = {run.min_updates}; "
-                "connect more devices and resume, or start a run with other numbers"
-            )
-            return [Record(e.RunPaused(self.name, reason))]
-        drawn = draw_devices(able, self.config.drawn(len(able)), rng_for(run.seed, key.round, "", f"sample/{key.attempt}"))
-        return [Record(e.RoundOpened(self.name, key, tuple(able), drawn, self._excluded(able)))]
-
-    def _excluded(self, able: list[str]) -> dict[str, str]:
-        reasons: dict[str, str] = {}
-        for device in sorted(set(self.plans) | self.connected):
-            if device in able:
-                continue
-            plan = self.plans.get(device)
-            if plan is None or device in self.stale:
-                reasons[device] = "has not answered the plan request"
-            elif self.capacity(device) is None:
-                reasons[device] = refusal(plan.report, self.config.train.gradient)
-            else:
-                reasons[device] = "not connected"
-        return reasons
-
-    def _advance_round(self, current: Round, now: float) -> list[Command]:
-        run, key = self.config.run, current.opened.key
-        if current.closed is not None:
-            return []
-        for device, member in current.members.items():
-            if not member.settled and member.stage is not Stage.CHOOSING:
-                silent = now - member.progress_at
-                if silent > run.progress_timeout_seconds:
-                    text = f"no progress for {silent:.0f} s while {member.stage.value}"
-                    return [Record(e.DeviceDropped(self.name, key, device, "UnreachableError", text))]
-        delivered = sum(member.stage is Stage.DONE for member in current.members.values())
-        open_ = sum(not member.settled for member in current.members.values())
-        overdue = now - current.opened_at > run.round_limit_seconds
-        wanted = len(current.members)
-        if not current.opened.evaluate:  # 1e-9: 0.07 of 100 is 7, not the 8 that rounding up 7.000000000000001 gives
-            wanted = min(wanted, max(math.ceil(wanted * run.quorum - 1e-9), run.min_updates))
-        if open_ and delivered < wanted and not overdue:
-            return []
-        if current.opened.evaluate:
-            return [Record(e.RoundClosed(self.name, key, False, "evaluated"))]
-        enough = delivered >= run.min_updates
-        reason = (
-            "the round's time limit" if overdue else ("quorum" if open_ else "every drawn device has delivered or dropped out")
-        )
-        if not enough:
-            reason = f"{delivered} updates, {run.min_updates} needed ({reason})"
-        return [Record(e.RoundClosed(self.name, key, enough, reason))]
 
     # -- what is said to devices -----------------------------------------------------------------
 

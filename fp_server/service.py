@@ -16,6 +16,7 @@ from common.transport import serde
 from common.transport.tls import Peer, peer_of
 from common.transport.wire import errors_to_status
 from fp_server import commands as c
+from fp_server import reports
 from fp_server.coordinator import Coordinator, Session
 from fp_server.identity import Authority
 
@@ -90,15 +91,15 @@ class Sessions(session_pb2_grpc.SessionsServicer):
         try:
             match kind:
                 case "plan":
-                    act = coordinator.plan_reported(device, serde.plan_report_from_pb(message.plan))
+                    act = reports.plan_reported(coordinator, device, serde.plan_report_from_pb(message.plan))
                 case "probe":
-                    act = coordinator.probe_reported(device, serde.probe_report_from_pb(message.probe))
+                    act = reports.probe_reported(coordinator, device, serde.probe_report_from_pb(message.probe))
                 case "progress":
-                    act = coordinator.progressed(device, serde.progress_from_pb(message.progress))
+                    act = reports.progressed(coordinator, device, serde.progress_from_pb(message.progress))
                 case "failed":
-                    act = coordinator.task_failed(device, serde.failed_from_pb(message.failed))
+                    act = reports.task_failed(coordinator, device, serde.failed_from_pb(message.failed))
         except ProtocolError as error:
-            act = coordinator.unreadable(device, kind == "plan", error)
+            act = reports.unreadable(coordinator, device, kind == "plan", error)
         if act is None:
             raise ProtocolError(f"unexpected message {kind or '(empty)'} in a session")
         await act

@@ -18,6 +18,7 @@ from fp_server import commands as c
 from fp_server.coordinator import Coordinator
 from fp_server.identity import Authority
 from fp_server.objects import Arrival
+from fp_server.reports import accept, reject
 from fp_server.service import Context, caller
 from fp_server.validation import check_metrics, check_update, update_bytes_limit
 
@@ -112,12 +113,12 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         try:
             check_metrics(ready.metrics)
         except UpdateRejected as error:
-            await self._coordinator.reject(device, ready.key, error)
+            await reject(self._coordinator, device, ready.key, error)
             raise
         limit = update_bytes_limit(assignment, machine.manifest)
         if ready.ref.size > limit:
             text = f"the update announces {ready.ref.size} bytes; this assignment can't need more than {limit}"
-            await self._coordinator.reject(device, ready.key, ProtocolError(text))
+            await reject(self._coordinator, device, ready.key, ProtocolError(text))
             raise ProtocolError(text)
         arrival = self._coordinator.store.arrival(device, ready.ref)
         have = await asyncio.to_thread(arrival.open)
@@ -134,11 +135,11 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm)
         except FedPrunerError as error:
             arrival.discard()
-            await self._coordinator.reject(device, ready.key, error)
+            await reject(self._coordinator, device, ready.key, error)
             raise
         self._authority.check(peer, "device")  # it may have been revoked while the bytes arrived
         await asyncio.to_thread(arrival.adopt)
-        return objects_pb2.PushReply(duplicate=await self._coordinator.accept(device, ready))
+        return objects_pb2.PushReply(duplicate=await accept(self._coordinator, device, ready))
 
     async def _append(self, device: str, ready: UpdateReady, arrival: Arrival, context: Context) -> None:
         reported = 0

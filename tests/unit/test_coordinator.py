@@ -16,6 +16,8 @@ from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator, Session
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
+from fp_server.operations import start_run
+from fp_server.reports import plan_reported
 from fp_server.service import Bucket
 
 
@@ -31,7 +33,7 @@ def with_coordinator(tmp_path, database, body, log=None):
         coordinator = Coordinator(ServerConfig(names=["x"]), log or EventLog(database), ObjectStore(tmp_path))
         await coordinator.start()
         try:
-            await coordinator.start_run(toml(), MANIFEST)
+            await start_run(coordinator, toml(), MANIFEST)
             await body(coordinator)
         finally:
             await coordinator.stop()
@@ -77,7 +79,7 @@ def test_a_full_disk_holds_a_report_until_there_is_room_and_says_so(tmp_path, da
         with pytest.raises(StorageError):
             await coordinator.post(e.RunPaused("r", "x"))
         assert coordinator.active.paused is None
-        waiting = asyncio.create_task(coordinator.plan_reported("a", report()))
+        waiting = asyncio.create_task(plan_reported(coordinator, "a", report()))
         await asyncio.sleep(0.7)  # a look at the clock in between must not hide the problem
         assert coordinator.problem == "the disk is full" and not waiting.done()
         log.full = False
@@ -104,9 +106,9 @@ def test_what_follows_from_an_event_may_fail_without_taking_it_back(tmp_path, da
     async def body(coordinator):
         for device in "ab":
             await coordinator.connect(Session(device))
-        await coordinator.plan_reported("a", report())
+        await plan_reported(coordinator, "a", report())
         log.left = 1
-        await coordinator.plan_reported("b", report())
+        await plan_reported(coordinator, "b", report())
         assert coordinator.active.current is None and set(coordinator.active.plans) == {"a", "b"}
         log.left = 10
         await coordinator.post(c.Tick())
@@ -117,11 +119,11 @@ def test_what_follows_from_an_event_may_fail_without_taking_it_back(tmp_path, da
 
 def test_samples_are_fixed_at_joining_and_capped(tmp_path, database):
     async def body(coordinator):
-        await coordinator.plan_reported("a", plan("a", samples=10**9).report)
+        await plan_reported(coordinator, "a", plan("a", samples=10**9).report)
         assert coordinator.active.plans["a"].samples == 1_000_000
-        await coordinator.plan_reported("a", plan("a", samples=5).report)
+        await plan_reported(coordinator, "a", plan("a", samples=5).report)
         assert coordinator.active.plans["a"].samples == 1_000_000
-        await coordinator.plan_reported("b", plan("b", samples=0).report)
+        await plan_reported(coordinator, "b", plan("b", samples=0).report)
         assert coordinator.active.capacity("b") is None
 
     with_coordinator(tmp_path, database, body)
@@ -133,16 +135,16 @@ def test_only_a_plan_that_was_asked_for_and_is_new_is_an_event(tmp_path, databas
             return sum(isinstance(event, e.PlanReceived) for _, event in coordinator.log.replay("r"))
 
         await coordinator.connect(Session("a"))
-        await coordinator.plan_reported("a", report())
+        await plan_reported(coordinator, "a", report())
         assert plans() == 1
-        await coordinator.plan_reported("a", plan("a", units=1).report)
+        await plan_reported(coordinator, "a", plan("a", units=1).report)
         assert plans() == 1 and coordinator.active.capacity("a").units == 2, "nobody asked"
         await coordinator.connect(Session("a"))
         assert coordinator.active.stale == {"a"}
-        await coordinator.plan_reported("a", report())
+        await plan_reported(coordinator, "a", report())
         assert plans() == 1 and not coordinator.active.stale, "the same as before"
         await coordinator.connect(Session("a"))
-        await coordinator.plan_reported("a", plan("a", units=1).report)
+        await plan_reported(coordinator, "a", plan("a", units=1).report)
         assert plans() == 2 and coordinator.active.capacity("a").units == 1
 
     with_coordinator(tmp_path, database, body)
@@ -151,7 +153,7 @@ def test_only_a_plan_that_was_asked_for_and_is_new_is_an_event(tmp_path, databas
 def test_a_refusal_counts_whatever_else_the_plan_holds(tmp_path, database):
     async def body(coordinator):
         await coordinator.connect(Session("a"))
-        await coordinator.plan_reported("a", dataclasses.replace(report(), refusal="my policy says no"))
+        await plan_reported(coordinator, "a", dataclasses.replace(report(), refusal="my policy says no"))
         assert coordinator.active.capacity("a") is None
         assert coordinator.active.plans["a"].report.refusal == "my policy says no"
 
@@ -188,7 +190,7 @@ def test_objects_nothing_refers_to_are_removed_and_a_crash_before_it_is_made_goo
         coordinator.store, coordinator._aggregate = store, lambda machine, command: asyncio.sleep(0)
         for device in "ab":
             await coordinator.connect(Session(device))
-            await coordinator.plan_reported(device, report())
+            await plan_reported(coordinator, device, report())
         assert await whole_round(coordinator) == stored()
         store.discard = lambda digests, mark: None  # killed between the commit and the removal
         wanted.update(await whole_round(coordinator))
@@ -233,7 +235,7 @@ def test_a_restart_takes_the_run_up_again(tmp_path, database):
     async def first(coordinator):
         for device in "ab":
             await coordinator.connect(Session(device))
-            await coordinator.plan_reported(device, report())
+            await plan_reported(coordinator, device, report())
         assert coordinator.active.current is not None
 
     with_coordinator(tmp_path, database, first)

@@ -1,0 +1,109 @@
+"""What a run does next, when state and time allow it: open a round, drop a device, close, pause, end.
+
+Pure functions of the machine and the time; whatever they decide is asked for as a `Record`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from common.types import TaskKey
+from fp_server import events as e
+from fp_server.capacity import refusal
+from fp_server.commands import Command, Record
+from fp_server.roundstate import Round, Stage
+from fp_server.seeding import draw_devices, rng_for
+
+if TYPE_CHECKING:
+    from fp_server.rounds import RunMachine
+
+
+def decide(machine: RunMachine, now: float) -> list[Command]:
+    """The next decision that state and time allow; at most one, the next follows when it is handed back."""
+    if machine.ended is not None:
+        return []
+    if machine.current is not None:
+        return _advance_round(machine, machine.current, now)
+    run = machine.config.run
+    if machine.next_round > run.rounds or (machine.next_round == run.rounds and not run.final_evaluation):
+        return [Record(e.RunEnded(machine.name, "finished"))]
+    if machine.paused is not None:
+        return []
+    if machine.failures >= run.max_attempts:
+        reason = f"round {machine.next_round + 1} failed {machine.failures} times; see the devices' errors, then resume"
+        return [Record(e.RunPaused(machine.name, reason))]
+    able = sorted(d for d in machine.connected - machine.stale if machine.capacity(d) is not None)
+    return _open(machine, able) if machine.next_round < run.rounds else _open_evaluation(machine, able, now)
+
+
+def _open_evaluation(machine: RunMachine, able: list[str], now: float) -> list[Command]:
+    """The last round's devices report the loss once more; those that are away get the progress timeout to return."""
+    run, key = machine.config.run, TaskKey(machine.name, machine.next_round, machine.attempt)
+    last = next((r.opened.drawn for r, c in reversed(machine.history) if c is not None), ())
+    waited = now - machine.idle_since > run.progress_timeout_seconds
+    away = [d for d in last if d not in able and (d in machine.stale or d not in machine.connected)]
+    if away and not waited:
+        return []
+    drawn = tuple(d for d in last if d in able) or tuple(able)
+    if not drawn:
+        return [Record(e.RunEnded(machine.name, "finished", "no device was there for the final evaluation"))]
+    return [Record(e.RoundOpened(machine.name, key, tuple(able), drawn, {}, True))]
+
+
+def _open(machine: RunMachine, able: list[str]) -> list[Command]:
+    run, key = machine.config.run, TaskKey(machine.name, machine.next_round, machine.attempt)
+    if len(able) < run.min_devices:
+        return []
+    if (count := machine.config.drawn(len(able))) < run.min_updates:
+        if len(machine.connected) > len(able) and machine.connected & machine.stale:
+            return []  # more may be able in a moment
+        reason = (
+            f"{count} of {len(able)} able devices would be drawn, and a round needs run.min_updates = {run.min_updates}; "
+            "connect more devices and resume, or start a run with other numbers"
+        )
+        return [Record(e.RunPaused(machine.name, reason))]
+    drawn = draw_devices(able, machine.config.drawn(len(able)), rng_for(run.seed, key.round, "", f"sample/{key.attempt}"))
+    return [Record(e.RoundOpened(machine.name, key, tuple(able), drawn, _excluded(machine, able)))]
+
+
+def _excluded(machine: RunMachine, able: list[str]) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    for device in sorted(set(machine.plans) | machine.connected):
+        if device in able:
+            continue
+        plan = machine.plans.get(device)
+        if plan is None or device in machine.stale:
+            reasons[device] = "has not answered the plan request"
+        elif machine.capacity(device) is None:
+            reasons[device] = refusal(plan.report, machine.config.train.gradient)
+        else:
+            reasons[device] = "not connected"
+    return reasons
+
+
+def _advance_round(machine: RunMachine, current: Round, now: float) -> list[Command]:
+    run, key = machine.config.run, current.opened.key
+    if current.closed is not None:
+        return []
+    for device, member in current.members.items():
+        if not member.settled and member.stage is not Stage.CHOOSING:
+            silent = now - member.progress_at
+            if silent > run.progress_timeout_seconds:
+                text = f"no progress for {silent:.0f} s while {member.stage.value}"
+                return [Record(e.DeviceDropped(machine.name, key, device, "UnreachableError", text))]
+    delivered = sum(member.stage is Stage.DONE for member in current.members.values())
+    open_ = sum(not member.settled for member in current.members.values())
+    overdue = now - current.opened_at > run.round_limit_seconds
+    wanted = len(current.members)
+    if not current.opened.evaluate:  # 1e-9: 0.07 of 100 is 7, not the 8 that rounding up 7.000000000000001 gives
+        wanted = min(wanted, max(math.ceil(wanted * run.quorum - 1e-9), run.min_updates))
+    if open_ and delivered < wanted and not overdue:
+        return []
+    if current.opened.evaluate:
+        return [Record(e.RoundClosed(machine.name, key, False, "evaluated"))]
+    enough = delivered >= run.min_updates
+    reason = "the round's time limit" if overdue else ("quorum" if open_ else "every drawn device has delivered or dropped out")
+    if not enough:
+        reason = f"{delivered} updates, {run.min_updates} needed ({reason})"
+    return [Record(e.RoundClosed(machine.name, key, enough, reason))]

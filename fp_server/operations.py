@@ -1,0 +1,68 @@
+"""What operators do with runs and devices."""
+
+from __future__ import annotations
+
+from common.errors import ConfigError, IdentityError
+from common.types import ModelManifest
+from fp_server import events as e
+from fp_server.commands import Connected
+from fp_server.config import RunConfig
+from fp_server.coordinator import Coordinator
+from fp_server.narrate import tell
+from fp_server.reports import reject
+from fp_server.rounds import RunMachine
+from fp_server.work import parse_run, run_started
+
+
+async def start_run(coordinator: Coordinator, toml: str, manifest: ModelManifest) -> str:
+    """Start a run. Raises ConfigError (bad file, name taken, another run active)."""
+    config: RunConfig = parse_run(toml, "run file")
+    config.check(manifest)
+    return await coordinator.whole(_start_run(coordinator, config, toml, manifest))
+
+
+async def _start_run(coordinator: Coordinator, config: RunConfig, toml: str, manifest: ModelManifest) -> str:
+    async with coordinator.lock:
+        if config.run.name in coordinator.names:
+            raise ConfigError(f"run.name: there is already a run {config.run.name!r}; choose another name")
+        if coordinator.active is not None:
+            raise ConfigError(
+                f"run {coordinator.active.name!r} is active; stop it first (`fp-server stop {coordinator.active.name}`)"
+            )
+        event = run_started(config, toml, manifest)
+        await coordinator.log.append(event, coordinator.clock())
+        tell(event)
+        coordinator.names.append(config.run.name)
+        coordinator.active = RunMachine(config, manifest)
+        for device in sorted(coordinator.sessions):
+            await coordinator.post_locked(Connected(device))
+    await coordinator.announce()
+    return config.run.name
+
+
+async def control(coordinator: Coordinator, run: str, action: str) -> str:
+    """``pause``, ``resume`` or ``stop`` a run; returns its phase. Raises NotFound or ConfigError."""
+    machine = coordinator.run(run)
+    if machine.ended is not None:
+        raise ConfigError(f"run {machine.name!r} has {machine.ended.outcome}; nothing to {action}")
+    if action == "pause":
+        if machine.paused is None:
+            await coordinator.post(e.RunPaused(machine.name, "paused by the operator"))
+    elif action == "resume":
+        if machine.paused is not None:
+            await coordinator.post(e.RunResumed(machine.name))
+    elif action == "stop":
+        await coordinator.post(e.RunEnded(machine.name, "stopped", "stopped by the operator"))
+    else:
+        raise ConfigError(f"{action!r}: not an action (pause, resume or stop)")
+    return machine.phase
+
+
+async def kick(coordinator: Coordinator, name: str) -> None:
+    """Hang up a device's session (its certificate was revoked); the round goes on without it."""
+    error = IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
+    if (session := coordinator.sessions.get(name)) is not None:
+        session.close(error)
+    current = coordinator.active.current if coordinator.active is not None else None
+    if current is not None:
+        await reject(coordinator, name, current.opened.key, error)

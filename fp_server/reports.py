@@ -1,0 +1,119 @@
+"""What devices report, checked and turned into events. Who reports comes from the session's certificate."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from common.errors import FedPrunerError, ProtocolError
+from common.types import PlanReport, ProbeReport, Progress, TaskFailed, TaskKey, UpdateReady
+from fp_server import events as e
+from fp_server.capacity import plan_problem
+from fp_server.commands import PlanConfirmed, ProgressSeen
+from fp_server.coordinator import Coordinator
+
+logger = logging.getLogger("fp_server")
+
+
+async def plan_reported(coordinator: Coordinator, device: str, report: PlanReport) -> None:
+    """A device said what it can hold."""
+    machine = coordinator.active
+    if machine is None or report.run != machine.name or not machine.awaits_plan(device):
+        return
+    problem = report.refusal or plan_problem(report, machine.manifest, machine.units)
+    if problem:  # a refusal is one, whatever else the report holds: that has not been checked
+        report = replace(report, capacities=(), unit_bytes=(), refusal=problem)
+    before = machine.plans.get(device)
+    joined = before is not None and before.samples > 0
+    samples = before.samples if before is not None and joined else min(report.samples, coordinator.config.max_samples)
+    event = e.PlanReceived(machine.name, device, report, samples)
+    if event == before:  # nothing that a restart would have to know
+        await coordinator.post(PlanConfirmed(device))
+    else:
+        await coordinator.insist(event)
+
+
+async def unreadable(coordinator: Coordinator, device: str, plan: bool, error: ProtocolError) -> None:
+    """A device sent what does not decode: as a plan it is a refusal, during a task it is out of the round."""
+    logger.warning("device %s: %s", device, error)
+    machine = coordinator.active
+    if machine is None:
+        return
+    if plan:
+        await plan_reported(coordinator, device, PlanReport(machine.name, 0, "", (), (), 0, f"its plan can't be read: {error}"))
+    elif machine.current is not None:
+        await reject(coordinator, device, machine.current.opened.key, error)
+
+
+async def probe_reported(coordinator: Coordinator, device: str, r: ProbeReport) -> None:
+    """A device's probe came in. Raises ProtocolError when its matrix is not the model's."""
+    machine = coordinator.active
+    if machine is None or r.key.run != machine.name:
+        return
+    member = machine.current.members.get(device) if machine.current is not None else None
+    if member is None or machine.current is None or machine.current.opened.key != r.key or member.probe is not None:
+        return
+    units = len(machine.units) if machine.similarity else 0
+    if text := _probe_problem(r, units):
+        await coordinator.insist(e.DeviceDropped(machine.name, r.key, device, "ProtocolError", text))
+        return
+    await coordinator.insist(
+        e.ProbeReceived(machine.name, r.key, device, r.similarity, r.in_out, r.loss, r.tokens, r.peak_bytes, r.seconds)
+    )
+
+
+async def progressed(coordinator: Coordinator, device: str, p: Progress) -> None:
+    """A device got further."""
+    await coordinator.post(ProgressSeen(device, p.key, p.phase, p.done, p.total))
+
+
+async def task_failed(coordinator: Coordinator, device: str, failed: TaskFailed) -> None:
+    """A device can't do its task: it is out of this round."""
+    machine = coordinator.active
+    if machine is not None and failed.key.run == machine.name:
+        logger.warning("device %s: %s: %s", device, failed.error, failed.message)
+        if _expected(coordinator, device, failed.key):
+            await coordinator.insist(e.DeviceDropped(machine.name, failed.key, device, failed.error, failed.message))
+
+
+def _expected(coordinator: Coordinator, device: str, key: TaskKey) -> bool:
+    """Whether the current round still expects something of the device for `key`."""
+    current = coordinator.active.current if coordinator.active is not None else None
+    if current is None or current.opened.key != key or current.closed is not None:
+        return False
+    return device in current.members and not current.members[device].settled
+
+
+async def reject(coordinator: Coordinator, device: str, key: TaskKey, error: FedPrunerError) -> None:
+    """An update failed its checks: the device is out of this round."""
+    if _expected(coordinator, device, key):
+        logger.warning("what %s sent for round %d is rejected: %s", device, key.round + 1, error)
+        await coordinator.insist(e.DeviceDropped(key.run, key, device, type(error).__name__, str(error)))
+
+
+async def accept(coordinator: Coordinator, device: str, ready: UpdateReady) -> bool:
+    """An update is stored and checked: count it. True when it was counted before. Raises TooLate."""
+
+    async def work() -> bool:
+        async with coordinator.lock:
+            machine = coordinator.machine_for(ready.key.run)
+            if machine.check_push(device, ready.key, ready.ref):
+                return True
+            await coordinator.post_locked(e.UpdateAccepted(machine.name, ready.key, device, ready.ref, ready.metrics))
+            return False
+
+    return await coordinator.whole(work())
+
+
+def _probe_problem(r: ProbeReport, units: int) -> str:
+    if r.similarity.shape[0] != units:
+        return f"the probe has {r.similarity.shape[0]} units, expected {units}"
+    if not units:
+        return ""
+    low = min(float(r.similarity.min()), float(r.in_out.min()))
+    high = max(float(r.similarity.max()), float(r.in_out.max()))
+    if low < -0.01 or high > 1.01:
+        return f"the probe's similarities lie between {low:.4g} and {high:.4g}; CKA lies between 0 and 1"
+    if float(abs(r.similarity - r.similarity.T).max()) > 0.01:
+        return "the probe's similarity matrix is not symmetric"
+    return ""
