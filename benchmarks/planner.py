@@ -4,7 +4,7 @@
 
 For each setting (model shape × budget × batch × quantization) the planner chooses from the config alone, the choice is
 run on random weights of that shape, and the peak above the warmed footprint is compared. The contract: never less than
-measured, and more by at most max(15 %, 48 MiB). Exit code 1 when it is broken. Results are kept as they come; a setting
+measured, and more by at most max(15 %, 48 MiB), except in ragged probes, whose rows are shorter than the windows planned for. Exit code 1 when it is broken. Results are kept as they come; a setting
 that is there already is not run again. `--seven` adds the LLaMA2-7B shape (about 6 GB of disk) and prints the 13B row.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -99,9 +100,12 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
         lengths = batch["attention_mask"].sum(1).tolist()
         held += [{name: rows[row : row + 1, :length] for name, rows in batch.items()} for row, length in enumerate(lengths)]
     held = held[: case.heldout]
+    # A probe's worst moment may be quantizing: nothing is on disk for it yet.
+    store = directory / ("nf4" if kind == "train" else "nf4-cold")
+    shutil.rmtree(directory / "nf4-cold", ignore_errors=True)
     baseline = measure.footprint()
     with measure.Peak("cpu", baseline) as peak:
-        loader = UnitLoader(checkpoint, "cpu", dtype, case.quantization, directory / "nf4", case.shape.ljust(64, "0"))
+        loader = UnitLoader(checkpoint, "cpu", dtype, case.quantization, store, case.shape.ljust(64, "0"))
         if kind == "train":
             units, scratch = case.assigned(mode), directory / "spill"
             with open_trainer(loader, units, case.train_spec, Adapter(), task.stream, scratch, task.checkpointing) as trainer:
@@ -112,6 +116,7 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
                 loader, batches[0], held, case.probe_spec, Adapter(), micro_rows=rows.micro_rows, pass_rows=rows.pass_rows,
                 progress=collecting(lambda *_: None),
             )  # fmt: skip
+    shutil.rmtree(directory / "nf4-cold", ignore_errors=True)
     predicted = task.estimate if kind == "train" else planned.probe
     return {
         "kind": kind, "case": to_json(case), "name": case.name, "choice": choice(case, kind),
@@ -159,15 +164,20 @@ def refreshed(result: dict[str, Any] | None, case: Case) -> dict[str, Any] | Non
     return {**result, "predicted": predicted.peak, "moment": predicted.moment, "breakdown": dict(predicted.rows)}
 
 
-def holds(predicted: int, measured: int) -> bool:
-    """The contract."""
-    return measured <= predicted <= measured + max(0.15 * measured, 48 * MIB)
+def holds(predicted: int, measured: int, short: bool = False) -> bool:
+    """The contract. `short`: the rows were shorter than the windows planned for, so only that it sufficed can be judged."""
+    return measured <= predicted and (short or predicted <= measured + max(0.15 * measured, 48 * MIB))
+
+
+def kept(result: dict[str, Any]) -> bool:
+    """Whether a result keeps the contract. In ragged training one row of each batch fills its window, in a probe few do."""
+    return holds(result["predicted"], result["measured"], result["case"]["ragged"] and result["kind"] == "probe")
 
 
 def show(result: dict[str, Any]) -> str:
     """One line of the table."""
     predicted, measured = result["predicted"], result["measured"]
-    verdict = "ok" if holds(predicted, measured) else "BROKEN"
+    verdict = "ok" if kept(result) else "BROKEN"
     return (
         f"{result['name']:66} {result['choice']:32} {result['moment']:26} {predicted / MIB:8.1f} {measured / MIB:8.1f} "
         f"{(predicted - measured) / MIB:+7.1f} {predicted / measured:6.3f}  {verdict}"
@@ -228,7 +238,7 @@ def main() -> int:
                 with given.results.open("a") as out:
                     out.write(json.dumps(result) + "\n")
             print(show(result), flush=True)
-            broken += not holds(result["predicted"], result["measured"])
+            broken += not kept(result)
     print("the contract holds" if not broken else f"the contract is broken in {broken} settings")
     return 1 if broken else 0
 
