@@ -5,8 +5,9 @@
 For each setting (model shape × budget × batch × quantization) the planner chooses from the config alone, the choice is
 run on random weights of that shape, and the peak above the warmed footprint is compared. The contract: never less than
 measured, and more by at most max(15 %, 48 MiB) and the room that bf16 keeps for kernels of rows of other lengths; not in
-ragged probes, whose rows are shorter than the windows planned for. Exit code 1 when it is broken. Results are kept as they come; a setting that is there already is not run again.
-`--seven` adds the LLaMA2-7B shape (about 6 GB of disk) and prints the 13B row.
+ragged probes, whose rows are shorter than the windows planned for. Exit code 1 when it is broken. Results are kept as
+they come; a setting that is there already is not run again. `--seven` adds the LLaMA2-7B shape (about 6 GB of disk) and
+prints the 13B row.
 """
 
 from __future__ import annotations
