@@ -44,10 +44,10 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
     from common.checkpoint import Checkpoint
     from common.types import LoraBlock
     from fp_client import measure
-    from fp_client.batches import IGNORE
     from fp_client.loader import UnitLoader
     from fp_client.probe import probe
     from fp_client.tasks import collecting
+    from fp_client.template import IGNORE
     from fp_client.train import train
     from fp_client.trainers import open_trainer
     from fp_client.warmup import warm_up
@@ -96,7 +96,7 @@ def measure_case(case: Case, directory: Path, kind: str) -> dict[str, Any]:
         return {"input_ids": ids * inside, "attention_mask": inside.long(), "labels": ids.masked_fill(~inside, IGNORE)}
 
     batches = [random_batch() for _ in range(case.steps)]
-    held = []
+    held: list[dict[str, torch.Tensor]] = []
     while len(held) < case.heldout:
         batch = random_batch()
         lengths = batch["attention_mask"].sum(1).tolist()
