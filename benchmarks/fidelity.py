@@ -90,7 +90,9 @@ def assignment(
     found = probe(loader, data.probe_batch(dataset, spec, tokenizer), [], spec)
     units = model_units(part, loader.checkpoint.layers)
     capacity = given.units * (2 if given.components else 1)
-    inputs = PlanInputs(found.similarity, found.in_out, capacity, (1,) * len(units), None, given.eigenvectors)
+    inputs = PlanInputs(
+        found.similarity, found.in_out, capacity, (1,) * len(units), None, given.eigenvectors, group_sizes=given.group_sizes
+    )
     draw = METHODS[given.method].plan(inputs, np.random.default_rng(number))
     return tuple(units[index] for index in draw.units)
 
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("--components", action="store_true", help="twice as many components instead")
     parser.add_argument("--method", choices=sorted(METHODS), default="fedpruner")
     parser.add_argument("--eigenvectors", choices=["k", "k-1"], default="k")
+    parser.add_argument("--group-sizes", choices=["free", "even"], default="even")
     parser.add_argument("--window", type=int, default=192)
     parser.add_argument("--steps", type=int, default=0, help="judge stitched again after so many steps")
     parser.add_argument("--lr", type=float, default=1e-3)

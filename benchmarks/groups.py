@@ -51,6 +51,7 @@ sample = "{sample}"
 [pruning]
 units = "{units}"
 eigenvectors = "{eigenvectors}"
+group_sizes = "free"  # the paper's, whose tables these are beside
 """
 CLIENT = """
 device = "cpu"

@@ -168,8 +168,8 @@ class PruningSection(Section):
     units: Literal["layer", "component"] = "layer"
     """Whole layers, or attention and feed-forward apart (FedPruner+, paper §3.3)."""
     eigenvectors: Literal["k", "k-1"] = "k"
-    group_sizes: Literal["free", "even"] = "free"
-    """Even: no group has more than ⌈U/k⌉ units (ours; docs/algorithm.md)."""
+    group_sizes: Literal["free", "even"] = "even"
+    """Even: no group has more than ⌈U/k⌉ units (ours; docs/adr/0010). Free: the paper's."""
 
     @property
     def part(self) -> Part:

@@ -41,10 +41,10 @@ def run_started(config: RunConfig, toml: str, manifest: ModelManifest) -> e.RunS
 
 def started_config(event: e.RunStarted, source: str) -> RunConfig:
     """What a run was started with. Raises ConfigError when this version can't read it."""
-    if event.config:
-        return check(event.config, RunConfig, source)
-    config = parse_run(event.toml, source)
-    if "gradient" in config.train.model_fields_set:
+    config = check(event.config, RunConfig, source) if event.config else parse_run(event.toml, source)
+    if "group_sizes" not in config.pruning.model_fields_set:  # before there were others, groups were of any size
+        config = config.model_copy(update={"pruning": config.pruning.model_copy(update={"group_sizes": "free"})})
+    if event.config or "gradient" in config.train.model_fields_set:
         return config
     # Version 0.1 wrote no resolved configuration and knew submodels only.
     return config.model_copy(update={"train": config.train.model_copy(update={"gradient": Gradient.SUBMODEL})})

@@ -51,6 +51,18 @@ def test_in_a_log_of_before_an_absent_gradient_is_a_submodels(text: str, gradien
     assert started_config(old, "test").train.gradient is gradient
 
 
+def test_in_a_log_of_before_groups_are_of_any_size() -> None:
+    config = parse_run(toml(), "test")
+    assert config.pruning.group_sizes == "even"
+    event = run_started(config, toml(), MANIFEST)
+    written = json.loads(event.config)
+    del written["pruning"]["group_sizes"]
+    for old in (replace(event, config=json.dumps(written)), e.RunStarted("r", toml(), MANIFEST)):
+        assert started_config(old, "test").pruning.group_sizes == "free"
+    chosen = toml() + '[pruning]\ngroup_sizes = "even"\n'
+    assert started_config(e.RunStarted("r", chosen, MANIFEST), "test").pruning.group_sizes == "even"
+
+
 def test_what_was_pinned_and_can_not_be_read_is_named() -> None:
     with pytest.raises(ConfigError, match=r"run r: .*run: missing"):
         started_config(e.RunStarted("r", toml(), MANIFEST, "{}"), "run r")
