@@ -102,7 +102,7 @@ def plan(
     least_probe = probe_peak(shape, setting, probe, heldout_rows, adapter, Rows(1, probe.batch_size))
     wanted = [mode for mode in MODES if spec.gradient in (mode, Gradient.AUTO)]
     problems = {mode: Problem(shape, setting, replace(spec, gradient=mode), broadcast_rank) for mode in wanted}
-    least = {mode: _least(problem, _worst_draw(shape, 1, part), 1) for mode, problem in problems.items()}
+    least = {mode: _least(problem, _worst_draws(problem, 1, part), 1) for mode, problem in problems.items()}
     smallest = tuple((mode, max(least_probe.peak, one.peak)) for mode, one in least.items())
     floor = min(size for _, size in smallest)
     if 0 < budget_bytes < floor:
@@ -133,21 +133,36 @@ class Limits:
     step_seconds: float = 0.0
 
 
-def _worst_draw(shape: Shape, layers: int, part: Part) -> Held:
-    """What any draw of so many whole layers, or of as many components of each kind, costs at most: components lie in
-    layers of their own as far as there are layers."""
+def _worst_draws(problem: Problem, layers: int, part: Part) -> tuple[Held, ...]:
+    """The dearest draws of so many whole layers, or of as many components of each kind; no draw that the server makes within
+    the bytes of those units costs more. Components lie in layers of their own as far as there are layers.
+
+    A draw may have more of the component whose `unit_bytes` are fewer. Streamed, base weights don't stay, and where that
+    component's LoRA is the larger one, as many of it as can be are the dearest.
+    """
+    shape, spec, most = problem.shape, problem.spec, problem.shape.layers
     if part is Part.LAYER:
-        return Held(layers)
-    alone = min(layers, shape.layers - layers)
-    return Held(layers - alone, alone, alone, any_draw=True)
+        return (Held(layers),)
+    alone = min(layers, most - layers)
+    draws = [Held(layers - alone, alone, alone, any_draw=True)]
+    if spec.gradient is Gradient.STREAMED or spec.fidelity:
+        size = {one: unit_bytes(shape, problem.setting, spec, problem.broadcast_rank, one) for one in (Part.ATTENTION, Part.FFN)}
+        cheap, dear = sorted(size, key=lambda one: size[one])
+        if lora_bytes(shape, spec, cheap) > lora_bytes(shape, spec, dear):
+            many = min(2 * layers, most)
+            few = 2 * layers - many
+            shared = max(0, many + few - most)
+            count = {cheap: many - shared, dear: few - shared}
+            draws.append(Held(shared, count[Part.ATTENTION], count[Part.FFN], any_draw=True))
+    return tuple(draws)
 
 
-def _least(problem: Problem, held: Held, micro_batch: int) -> Estimate:
-    """The least that training such a draw takes; and measuring its gradient's fidelity, where that is asked for."""
-    least = problem.smallest(held, micro_batch, _most_gaps(problem.shape, held))
-    if not problem.spec.fidelity:
-        return least
-    return max(least, once(problem).smallest(held, micro_batch, 0), key=lambda one: one.peak)
+def _least(problem: Problem, draws: Sequence[Held], micro_batch: int) -> Estimate:
+    """The least that training any of these draws takes; and measuring its gradient's fidelity, where that is asked for."""
+    least = [problem.smallest(held, micro_batch, _most_gaps(problem.shape, held)) for held in draws]
+    if problem.spec.fidelity:
+        least += [once(problem).smallest(held, micro_batch, 0) for held in draws]
+    return max(least, key=lambda one: one.peak)
 
 
 def once(problem: Problem) -> Problem:
@@ -173,13 +188,17 @@ def _best(problem: Problem, budget_bytes: int, part: Part, limits: Limits, pace:
         most = max(1, min(most, limits.update_bytes // lora_bytes(shape, spec)))
 
     def planned(layers: int) -> tuple[Fit, float] | None:
-        held = _worst_draw(shape, layers, part)
+        draws = _worst_draws(problem, layers, part)
         rows = micro_batches(spec.batch_size)
-        if budget_bytes:  # fidelity's need counts too, and grows with the micro-batch
-            rows = tuple(micro for micro in rows if _least(problem, held, micro).peak <= budget_bytes)
-        found = fit(problem, held, _most_gaps(shape, held), 0, rows, budget_bytes)
-        if found is None:
+        if budget_bytes:  # every draw's need counts, and fidelity's, and they grow with the micro-batch
+            rows = tuple(micro for micro in rows if _least(problem, draws, micro).peak <= budget_bytes)
+        fits = [fit(problem, held, _most_gaps(shape, held), 0, rows, budget_bytes) for held in draws]
+        if not fits or any(one is None for one in fits):
             return None
+        found, held = max(
+            ((one, held) for one, held in zip(fits, draws, strict=True) if one is not None),
+            key=lambda each: each[0].estimate.peak,
+        )
         return found, _seconds(problem, pace, held, found, 0)
 
     for layers in range(most, 0, -1):

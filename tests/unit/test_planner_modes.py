@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.errors import BudgetError
-from common.types import Gradient, Part, ProbeSpec, Quantization, TrainSpec, UnitId, model_units
+from common.types import Gradient, Part, PlanReport, ProbeSpec, Quantization, TrainSpec, UnitId, model_units
 from fp_client.fitting import LEAST, Problem, fit
 from fp_client.memory import MIB, Held, Setting, StreamPlan, layer_bytes, lora_bytes
 from fp_client.memory_stream import Streamed, boundary_total, streamed_peak
 from fp_client.pace import Pace, prepare_seconds, step_seconds
 from fp_client.planner import Limits, ModePlan, Plan, plan, plan_task
 from fp_client.shapes import CONFIGS, Shape, shape_of
+from fp_server.capacity import byte_limit
 
 ALL = tuple(module.name for module in shape_of(CONFIGS["smollm2-135m"]).modules)
 SMALL, SEVEN = shape_of(CONFIGS["smollm2-135m"]), shape_of(CONFIGS["llama2-7b"])
@@ -102,6 +104,39 @@ def test_components_count_two_a_layer_and_any_draw_within_the_bytes_fits() -> No
                     taken.append(unit)
             task = plan_task(SMALL, Setting(stored=2), spec(gradient), 0, taken, one.micro_batch, one.checkpointing, 330 * MIB)
             assert task.peak <= 330 * MIB
+
+
+PARTIAL = ("mlp.down_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj")
+
+
+@pytest.mark.parametrize("targets", [ALL, PARTIAL, ("mlp.up_proj", "self_attn.q_proj")], ids=["all", "partial", "two"])
+@pytest.mark.parametrize(
+    ("name", "rank", "budget", "quantization"),
+    [("smollm2-135m", 256, 700, Quantization.NONE), ("smollm2-135m", 16, 130, Quantization.NONE),
+     ("llama2-7b", 64, 1500, Quantization.NF4), ("llama2-7b", 256, 2500, Quantization.NF4)],
+)  # fmt: skip
+@pytest.mark.parametrize("gradient", [Gradient.SUBMODEL, Gradient.STITCHED, Gradient.STREAMED])
+def test_every_draw_of_components_that_the_server_makes_fits(
+    name: str, rank: int, budget: int, quantization: Quantization, targets: tuple[str, ...], gradient: Gradient
+) -> None:
+    setting, train = Setting(quantization, 2, 2), spec(gradient, rank=rank, targets=targets)
+    try:
+        found = plan(CONFIGS[name], setting, train, PROBE, 0, budget * MIB, 8, Part.FFN)
+    except BudgetError:
+        pytest.skip("the budget holds nothing in this mode")
+    shape, one = shape_of(CONFIGS[name]), found.modes[0]
+    units = model_units(Part.FFN, shape.layers)
+    report = PlanReport("r", 10, "ab" * 32, found.capacities, found.unit_bytes, 0)
+    limit, rng = byte_limit(report, one.capacity, units), np.random.default_rng(0)
+    for _ in range(12):
+        # As many attention parts as a draw can have, or any mix: what the server checks is the bytes and the number.
+        share = rng.choice([1.0, rng.random()])
+        parts = sorted(units, key=lambda unit: (unit.part is Part.FFN) == (share == 1.0 or rng.random() < share))
+        draw = sorted([parts[index] for index in rng.permutation(one.units)] if share == 1.0 else parts[: one.units])
+        if sum(found.unit_bytes[units.index(unit)] for unit in draw) > limit:
+            continue
+        task = plan_task(shape, setting, train, 0, draw, one.micro_batch, one.checkpointing, budget * MIB)
+        assert task.peak <= budget * MIB
 
 
 def test_two_attention_blocks_cost_less_than_two_feed_forwards() -> None:
