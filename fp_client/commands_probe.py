@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.checkpoint import Checkpoint
-from common.errors import ConfigError, ProtocolError, StorageError
+from common.errors import BudgetError, ConfigError, ProtocolError, StorageError
 from common.types import (
     Gradient,
     Kernel,
@@ -33,7 +33,7 @@ from common.types import (
 from fp_client.commands import HERE, Directory, Json, bar, only_model, out
 from fp_client.commands_plan import Units
 from fp_client.config import ClientConfig, cache_dir, human, load_config, need_model
-from fp_client.messages import FidelityArgs, FidelityResult
+from fp_client.messages import FidelityArgs, FidelityResult, ModeFidelity
 from fp_client.shapes import shape_of
 from fp_client.units import keep
 
@@ -75,7 +75,12 @@ async def run_probe(
         if asked.fidelity is None:
             return report, None
         with bar("comparing gradients with the full model's", quiet) as progress:
-            return report, await work.fidelity(run, asked.fidelity, lambda _, done, total: progress(done, total))
+            try:
+                return report, await work.fidelity(run, asked.fidelity, lambda _, done, total: progress(done, total))
+            except BudgetError as error:
+                why = f"the full model's gradient: {error}"
+                modes = tuple(ModeFidelity(mode, refused=why) for mode in asked.fidelity.modes)
+                return report, FidelityResult(modes, report.loss)
     finally:
         await work.close()
 
@@ -115,21 +120,28 @@ def fidelity_dict(found: FidelityResult, units: tuple[UnitId, ...]) -> dict[str,
     """The comparison as plain values."""
     return {
         "units": [unit.label for unit in units], "full_model_loss": found.loss,
-        "modes": {m.mode.value: {"overall": m.overall, "units": list(m.units), "loss": m.loss} for m in found.modes},
+        "modes": {
+            m.mode.value: {"refused": m.refused} if m.refused else {"overall": m.overall, "units": list(m.units), "loss": m.loss}
+            for m in found.modes
+        },
     }  # fmt: skip
 
 
 def fidelity_table(found: FidelityResult, units: tuple[UnitId, ...]) -> Table:
-    """A row a unit, a column a mode."""
+    """A row a unit, a column a mode; a mode that the budget does not hold has none."""
     table = Table(title="cosine of the LoRA gradient with the full model's (1: the same direction)")
     table.add_column("unit", justify="right")
     for mode in found.modes:
         table.add_column(mode.mode.value, justify="right")
+
+    def cells(value: Callable[[ModeFidelity], str]) -> list[str]:
+        return ["–" if mode.refused else value(mode) for mode in found.modes]
+
     for index, unit in enumerate(units):
-        table.add_row(unit.label, *(f"{mode.units[index]:+.3f}" for mode in found.modes))
+        table.add_row(unit.label, *cells(lambda mode, index=index: f"{mode.units[index]:+.3f}"))  # type: ignore[misc]
     table.add_section()
-    table.add_row("all", *(f"{mode.overall:+.3f}" for mode in found.modes), style="bold")
-    table.add_row(f"loss (full {found.loss:.3f})", *(f"{mode.loss:.3f}" for mode in found.modes))
+    table.add_row("all", *cells(lambda mode: f"{mode.overall:+.3f}"), style="bold")
+    table.add_row(f"loss (full {found.loss:.3f})", *cells(lambda mode: f"{mode.loss:.3f}"))
     return table
 
 
@@ -224,6 +236,9 @@ def probe(
     out.print(table)
     if found is not None and compared is not None:
         out.print(fidelity_table(found, compared.units))
+        for mode in found.modes:
+            if mode.refused:
+                out.print(Text(f"{mode.mode.value}: {mode.refused}", style="yellow"))
     out.print(
         f"held-out loss of the full model: {report.loss:.4f} over {report.tokens} response tokens; "
         f"peak {human(report.peak_bytes)} above the warmed worker, {report.seconds:.1f} s"

@@ -103,12 +103,13 @@ class FidelityArgs:
 @dataclass(frozen=True)
 class ModeFidelity:
     """One mode's cosine with the full model's gradient: over all, and of each unit in order; `loss` is the mean
-    response-token loss that the mode sees."""
+    response-token loss that the mode sees. `refused`: why the budget holds no such gradient; then the rest is nothing."""
 
     mode: Gradient
-    overall: float
-    units: tuple[float, ...]
-    loss: float
+    overall: float = 0.0
+    units: tuple[float, ...] = ()
+    loss: float = 0.0
+    refused: str = ""
 
 
 @dataclass(frozen=True)

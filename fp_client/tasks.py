@@ -17,7 +17,7 @@ import torch
 from common.blocks import block_names, key, read_block, write_blocks
 from common.checkpoint import Checkpoint
 from common.codec import from_json
-from common.errors import ModelError, ProtocolError, WorkerError
+from common.errors import BudgetError, ModelError, ProtocolError, WorkerError
 from common.tensorfile import TensorFile
 from common.types import Assignment, Gradient, LoraBlock, ProbeReport, TaskKey, UpdateMetrics
 from fp_client import batches as data
@@ -269,10 +269,21 @@ class Tasks:
         batch: data.Batch,
         progress: OnProgress,
     ) -> tuple[list[torch.Tensor], float]:
-        """(LoRA gradient, mean loss) of the assigned units on one batch in a mode; nothing of it stays loaded."""
+        """(LoRA gradient, mean loss) of the assigned units on one batch in a mode; nothing of it stays loaded.
+
+        As many rows at a time as the budget holds, at most the assignment's. Raises BudgetError when it holds not even one.
+        """
         # Planned as `planner.once` does: the anchors or prefix of one batch, not of a round.
-        this = replace(assignment, spec=replace(assignment.spec, gradient=mode, dropout=0.0, steps=1, fidelity=False))
-        predicted = self._predicted(checkpoint, this, adapter)
+        spec = replace(assignment.spec, gradient=mode, dropout=0.0, steps=1, fidelity=False)
+        sizes = [micro for micro in planner.micro_batches(spec.batch_size) if micro <= assignment.micro_batch]
+        for micro in sizes:
+            this = replace(assignment, spec=spec, micro_batch=micro)
+            try:
+                predicted = self._predicted(checkpoint, this, adapter)
+                break
+            except BudgetError:
+                if micro == sizes[-1]:
+                    raise
         with self._trainer(checkpoint, this, adapter, predicted, progress) as trainer:
             found = gradients(trainer, batch, this.micro_batch)
         del trainer  # while it is bound no collector finds its 4-bit weights, and the next model comes beside them
@@ -282,7 +293,10 @@ class Tasks:
     def _fidelity(
         self, checkpoint: Checkpoint, assignment: Assignment, adapter: AdapterFiles, batch: data.Batch, progress: OnProgress
     ) -> Fidelity:
-        """The assignment's gradient against the full model's on one batch, one after the other."""
+        """The assignment's gradient against the full model's on one batch, one after the other. Streamed, it is the full
+        model's itself: there is nothing to measure."""
+        if assignment.spec.gradient is Gradient.STREAMED:
+            return Fidelity(1.0, (1.0,) * len(assignment.units))
         signs = signs_of_life(progress, "fidelity")
         full, _ = self._gradient(checkpoint, assignment, Gradient.STREAMED, adapter, batch, signs)
         mine, _ = self._gradient(checkpoint, assignment, assignment.spec.gradient, adapter, batch, signs)
@@ -300,9 +314,13 @@ class Tasks:
             progress("probe", 1, len(args.modes) + 1)
             rows = []
             for done, mode in enumerate(args.modes):
-                mine, seen = self._gradient(checkpoint, assignment, mode, adapter, batch, signs)
-                found = fidelity(mine, full, args.units, checkpoint.layers, spec)
-                rows.append(ModeFidelity(mode, found.overall, found.units, seen))
+                try:
+                    mine, seen = self._gradient(checkpoint, assignment, mode, adapter, batch, signs)
+                except BudgetError as error:
+                    rows.append(ModeFidelity(mode, refused=str(error)))
+                else:
+                    found = fidelity(mine, full, args.units, checkpoint.layers, spec)
+                    rows.append(ModeFidelity(mode, found.overall, found.units, seen))
                 progress("probe", done + 2, len(args.modes) + 1)
         return FidelityResult(tuple(rows), loss)
 

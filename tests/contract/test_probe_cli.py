@@ -75,6 +75,27 @@ def test_probe_with_fidelity(home, run):
         assert mode["overall"] == pytest.approx(1, abs=1e-4) and mode["loss"] == pytest.approx(found["full_model_loss"], abs=1e-3)
 
 
+def test_fidelity_within_a_tight_budget(tmp_path, run):
+    """Streamed fits a few rows at a time; a submodel of all layers doesn't, and neither keeps the other from being shown."""
+    device.model(tmp_path, num_hidden_layers=24, hidden_size=256, intermediate_size=1024).rename(tmp_path / "model")
+    device.data(tmp_path / "data.jsonl")
+    text = (
+        'device = "cpu"\n[budget]\nhost = "{}"\n[models."tiny"]\nsource = "model"\n'
+        '[data]\nsource = "data.jsonl"\nheld_out = 0.1\n'
+    )
+    asked = ("--batch", "4", "--sequence", "512", "--positions", "32", "--fidelity", "24", "--rank", "4")
+    (tmp_path / "client.toml").write_text(text.format("100MiB"))
+    code, out, err = run("probe", "--dir", tmp_path, *asked, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["loss"] > 0 and found["fidelity"]["full_model_loss"] == pytest.approx(found["loss"], abs=0.5)
+    assert "the budget is 100 MiB" in found["fidelity"]["modes"]["submodel"]["refused"]
+    (tmp_path / "client.toml").write_text(text.format("64MiB"))
+    code, out, err = run("probe", "--dir", tmp_path, *asked[:-1], "64")
+    assert code == 0, err
+    assert "held-out loss of the full model" in out and "the full model's gradient: " in out and "64 MiB" in out
+
+
 def test_a_pace_that_cant_be_measured_fails_no_task(home, caplog, monkeypatch):
     """Whatever the measurement ends with: the plan is made without times, and says so."""
 
