@@ -236,7 +236,8 @@ class Capacity:
     checkpointing: bool
     peak_bytes: int
     step_seconds: float = 0.0
-    """Predicted seconds of a training step with that many units; 0 where it was not predicted."""
+    """Predicted seconds of a training step with that many units, with its share of what a round does once; 0 where it was not
+    predicted."""
 
 
 @dataclass(frozen=True)
@@ -335,8 +336,9 @@ class Assignment:
 class UpdateMetrics:
     """What a device says of its training; never used for weights or scaling."""
 
-    loss_first: float = 0.0
-    loss_last: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    """The submodel's loss on the first and the last step's rows; None: the device does not tell."""
     tokens_per_second: float = 0.0
     predicted_peak_bytes: int = 0
     measured_peak_bytes: int = 0

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Protocol
@@ -261,6 +262,7 @@ class Agent:
             ready = await asyncio.to_thread(self._outbox.put, task, out, result.metrics)
         else:
             log.info("run %s, round %d: already trained; pushing the update that was kept", task.key.run, task.key.round + 1)
+        ready = replace(ready, metrics=self._policy.redact_metrics(ready.metrics))  # at the last moment: it may be an older one
         await self._transfer.push(ready, self._outbox.path(task.key.run), lambda done, total: self._note("push", done, total))
 
     async def _fetch(self, adapter: tuple[UnitObject, ...]) -> tuple[AdapterFile, ...]:

@@ -152,13 +152,14 @@ def plan(
     known = next((spec for spec in specs if spec.model in config.models), None) if measure and config.data else None
     measured = asyncio.run(_measured(config, directory, known, as_json)) if known else None
     rows: list[dict[str, Any]] = []
+    limits = planner.Limits(disk_bytes=config.cache.max_spill)
     for one, spec in zip(asked, specs, strict=True):
         setting = Setting(one.quantization, 2 if config.dtype == "bfloat16" else 4, one.stored, config.threads)
         size = shape_of(one.config).layers * len(model_units(part, 1))
         row: dict[str, Any] = {"model": one.name, "quantization": one.quantization.value, "of": size, "budget": limit}
         pace = measured.pace if measured and spec is known and quantization is None else None
         try:
-            made = planner.plan(one.config, setting, spec.train, probe, broadcast_rank, limit, held, part, planner.Limits(), pace)
+            made = planner.plan(one.config, setting, spec.train, probe, broadcast_rank, limit, held, part, limits, pace)
         except BudgetError as error:
             row |= {"smallest_budget": error.smallest, "refusal": str(error), "modes": []}
         else:
@@ -193,7 +194,8 @@ def _mode(mode: ModePlan) -> dict[str, Any]:
     return {
         "gradient": mode.gradient.value, "units": mode.units, "micro_batch": mode.micro_batch,
         "checkpointing": mode.checkpointing,
-        "peak": mode.peak_bytes, "step_seconds": mode.step_seconds or None, "prepare_seconds": mode.prepare_seconds or None,
+        "peak": mode.peak_bytes, "disk": mode.disk_bytes,
+        "step_seconds": mode.step_seconds or None, "prepare_seconds": mode.prepare_seconds or None,
         "train": {"moment": mode.train.moment, "peak": mode.train.peak, "rows": dict(mode.train.rows)},
         "stream": None if mode.gradient is Gradient.SUBMODEL else {
             "resident_layers": stream.resident, "read_ahead": stream.ahead, "head_resident": stream.head,
@@ -224,17 +226,17 @@ def _memory(mode: dict[str, Any]) -> str:
 
 def _show(rows: list[dict[str, Any]], limit: int, device: str) -> None:
     table = Table(title=f"budget {human(limit) if limit else 'unbounded'} ({'VRAM' if device == 'cuda' else 'main memory'})")
-    for name in ("model", "gradient", "units", "micro", "peak", "a step", "smallest"):
+    for name in ("model", "gradient", "units", "micro", "peak", "disk", "a step", "smallest"):
         table.add_column(name, justify="left" if name in ("model", "gradient") else "right", no_wrap=name != "model")
     for row in rows:
         name = f"{row['model']} {row['quantization']}".removesuffix(" none")
         if not row["modes"]:
-            table.add_row(name, "", Text(f"0 of {row['of']}", "red"), "", "", "", human(row["smallest_budget"]))
+            table.add_row(name, "", Text(f"0 of {row['of']}", "red"), "", "", "", "", human(row["smallest_budget"]))
         for mode in row["modes"]:
             seconds = f"{mode['step_seconds']:.2f} s" if mode["step_seconds"] else ""
             table.add_row(
-                name, mode["gradient"], f"{mode['units']} of {row['of']}", str(mode["micro_batch"]), human(mode["peak"]), seconds,
-                human(row["smallest_budgets"][mode["gradient"]]),
+                name, mode["gradient"], f"{mode['units']} of {row['of']}", str(mode["micro_batch"]), human(mode["peak"]),
+                human(mode["disk"]) if mode["disk"] else "", seconds, human(row["smallest_budgets"][mode["gradient"]]),
             )  # fmt: skip
             name = ""
     out.print(table)

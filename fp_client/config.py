@@ -72,6 +72,8 @@ class CacheSection(Section):
     dir: str = "cache"
     max_size: Bytes = 2 << 30
     """Bound of the adapter objects kept, in bytes; the least recently used go first."""
+    max_spill: Bytes = 0
+    """The most that activations may take on disk while a task runs, in bytes; 0: no bound. Planned with."""
 
 
 class RetrySection(Section):

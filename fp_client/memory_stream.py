@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from common.types import Part, TrainSpec, UnitId, unit_modules
+from common.types import Gradient, Part, TrainSpec, UnitId, unit_modules
 from fp_client.memory import (
     EAGER,
     HEAD_ROWS,
@@ -72,6 +72,38 @@ def _rows(shape: Shape, setting: Setting, spec: TrainSpec, rows: int) -> int:
 def _shelf(memory: int, total: int) -> int:
     """What a `Spill` holds in memory."""
     return total if memory < 0 else min(memory, total)
+
+
+@dataclass(frozen=True)
+class Spilled:
+    """Bytes on disk. Streamed: `boundaries` of a step, `prefix` of a round. Stitched: `flowing`, the rows' states on their
+    way through the anchor pass, and `changes`, what is left of it for the round's steps."""
+
+    boundaries: int = 0
+    prefix: int = 0
+    flowing: int = 0
+    changes: int = 0
+    most: int = 0
+    """At the fullest moment: what the file takes."""
+
+
+def spilled(shape: Shape, setting: Setting, spec: TrainSpec, plan: StreamPlan, low: int = 0, gaps: int = 0) -> Spilled:
+    """What of a round's activations `plan` leaves to the disk, in the mode of `spec.gradient` (a submodel: nothing)."""
+    piece = _rows(shape, setting, spec, spec.batch_size)
+
+    def beyond(memory: int, total: int) -> int:
+        # A tensor is in memory or on disk as a whole: up to one of them finds no place in what is left of the memory.
+        return 0 if memory < 0 or total <= memory else min(total, total - memory + piece)
+
+    if spec.gradient is Gradient.STREAMED:
+        boundaries = beyond(plan.boundary_bytes, boundary_total(shape, setting, spec, low))
+        prefix = beyond(plan.prefix_bytes, prefix_total(shape, setting, spec, low))
+        return Spilled(boundaries, prefix, most=boundaries + prefix)
+    if spec.gradient is Gradient.STITCHED and gaps:
+        memory, rows = plan.boundary_bytes, spec.steps * piece
+        most = beyond(memory, change_total(shape, setting, spec, gaps))
+        return Spilled(flowing=beyond(memory, rows), changes=beyond(memory, gaps * rows), most=most)
+    return Spilled()
 
 
 def _positions(shape: Shape, setting: Setting, spec: TrainSpec) -> int:

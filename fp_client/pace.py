@@ -1,8 +1,9 @@
 """How long a training step will take, from what a device measured of one layer. Torch-free.
 
 A step's matrix products are linear in the rows, so a layer's times for a few rows give those of a step. Components share a
-layer's time by their weights. The predicted step is what `UpdateMetrics.step_seconds` measures: one step, without what a
-round does once before its first (`prepare_seconds`).
+layer's time by their weights. `step_seconds` is what `UpdateMetrics.step_seconds` measures: one step, without what a
+round does once before its first (`prepare_seconds`). What a device announces and a run limits is both, shared out over the
+round's steps.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from common.types import Gradient, Part, Quantization, TrainSpec
 from fp_client.memory import Held, Setting, StreamPlan, layer_bytes
-from fp_client.memory_stream import boundary_total, prefix_total
+from fp_client.memory_stream import spilled
 from fp_client.shapes import Shape
 
 
@@ -46,8 +47,9 @@ def step_seconds(
     checkpointing: bool,
     plan: StreamPlan,
     low: int = 0,
+    gaps: int = 0,
 ) -> float:
-    """One step in the mode of `spec.gradient` (not AUTO). `low`: the lowest assigned layer.
+    """One step in the mode of `spec.gradient` (not AUTO). `low`: the lowest assigned layer; `gaps`: pruned runs (stitched).
 
     In memory: Σ kept (forward + backward) + loss + AdamW; without checkpointing the recomputation is saved. Streamed:
     Σ from `low` up, assigned or not, and reading twice what does not stay (hidden behind computing when read ahead), the
@@ -58,7 +60,8 @@ def step_seconds(
     update = kept * pace.optimizer
     if spec.gradient is not Gradient.STREAMED:
         backward = pace.backward_lora - (0.0 if checkpointing else pace.forward_lora)
-        return passes * (kept * (pace.forward_lora + backward) + pace.loss) + update
+        seconds = passes * (kept * (pace.forward_lora + backward) + pace.loss) + update
+        return seconds + _moving(shape, setting, pace, spilled(shape, setting, spec, plan, low, gaps).changes / spec.steps)
     layers = shape.layers - low
     assigned = min(1.0, kept / layers)
     forward = passes * (pace.forward + assigned * (pace.forward_lora - pace.forward))
@@ -69,16 +72,20 @@ def step_seconds(
     )
     seconds += passes * pace.loss * (1.0 if plan.head else 1.5)
     seconds += 0.0 if plan.head else 2 * pace.head_read * -(-spec.batch_size // micro_batch)
-    return seconds + update + _spilling(shape, setting, spec, pace, plan, low)
+    disk = spilled(shape, setting, spec, plan, low)
+    return seconds + update + _moving(shape, setting, pace, 2 * disk.boundaries + disk.prefix / spec.steps)
 
 
 def prepare_seconds(
-    shape: Shape, spec: TrainSpec, pace: Pace, plan: StreamPlan, low: int = 0, layers: int | None = None
+    shape: Shape, setting: Setting, spec: TrainSpec, pace: Pace, plan: StreamPlan, low: int = 0, gaps: int = 0
 ) -> float:
-    """What a round does once: the prefix below `low` (streamed), or the anchor pass over `layers` (stitched)."""
+    """What a round does once: the prefix below `low` (streamed), or the anchor pass over all layers (stitched). What of the
+    rows' states is spilled is written once, and read and written again at every layer."""
     work = spec.steps * spec.batch_size / pace.rows * pace.forward
-    count = {Gradient.STREAMED: low, Gradient.STITCHED: shape.layers if layers is None else layers}.get(spec.gradient, 0)
-    return count * (max(work, pace.read) if plan.ahead else work + pace.read)
+    count = {Gradient.STREAMED: low, Gradient.STITCHED: shape.layers if gaps else 0}.get(spec.gradient, 0)
+    disk = spilled(shape, setting, spec, plan, low, gaps)
+    moved = 2 * count * (disk.prefix + disk.flowing) + disk.changes
+    return count * (max(work, pace.read) if plan.ahead else work + pace.read) + _moving(shape, setting, pace, moved)
 
 
 def _share(shape: Shape, part: Part) -> float:
@@ -87,10 +94,6 @@ def _share(shape: Shape, part: Part) -> float:
     return layer_bytes(shape, exact, part) / layer_bytes(shape, exact)
 
 
-def _spilling(shape: Shape, setting: Setting, spec: TrainSpec, pace: Pace, plan: StreamPlan, low: int) -> float:
-    moved = 0.0
-    if plan.boundary_bytes >= 0:
-        moved += 2 * max(0, boundary_total(shape, setting, spec, low) - plan.boundary_bytes)
-    if plan.prefix_bytes >= 0:
-        moved += max(0, prefix_total(shape, setting, spec, low) - plan.prefix_bytes) / spec.steps
-    return moved * pace.read / layer_bytes(shape, setting)
+def _moving(shape: Shape, setting: Setting, pace: Pace, size: float) -> float:
+    """Bytes to or from disk, at the speed of reading a layer."""
+    return size * pace.read / layer_bytes(shape, setting)

@@ -12,6 +12,7 @@ from typing import Any
 
 from common.errors import BudgetError
 from common.types import Capacity, Gradient, Part, ProbeSpec, TrainSpec, UnitId, model_units
+from fp_client.draws import disk_of, least, most_gaps, once, seconds_of, worst_draws
 from fp_client.fitting import Fit, Problem, fit
 from fp_client.memory import (
     MIB,
@@ -26,7 +27,8 @@ from fp_client.memory import (
     probe_peak,
     unit_bytes,
 )
-from fp_client.pace import Pace, prepare_seconds, step_seconds
+from fp_client.memory_stream import spilled
+from fp_client.pace import Pace
 from fp_client.shapes import Shape, shape_of
 from fp_client.units import gaps, keep
 
@@ -45,7 +47,10 @@ class ModePlan:
     train: Estimate
     peak_bytes: int
     """The larger of training's and the probe's."""
+    disk_bytes: int = 0
+    """Activations on disk at their fullest, below the cache directory."""
     step_seconds: float = 0.0
+    """A step, with its share of `prepare_seconds`: what a run's limit is held against."""
     prepare_seconds: float = 0.0
     """Once a round, before the first step. Both 0 where the device's pace is not known."""
 
@@ -102,11 +107,11 @@ def plan(
     least_probe = probe_peak(shape, setting, probe, heldout_rows, adapter, Rows(1, probe.batch_size))
     wanted = [mode for mode in MODES if spec.gradient in (mode, Gradient.AUTO)]
     problems = {mode: Problem(shape, setting, replace(spec, gradient=mode), broadcast_rank) for mode in wanted}
-    least = {mode: _least(problem, _worst_draws(problem, 1, part), 1) for mode, problem in problems.items()}
-    smallest = tuple((mode, max(least_probe.peak, one.peak)) for mode, one in least.items())
+    least_of = {mode: least(problem, worst_draws(problem, 1, part), 1) for mode, problem in problems.items()}
+    smallest = tuple((mode, max(least_probe.peak, one.peak)) for mode, one in least_of.items())
     floor = min(size for _, size in smallest)
     if 0 < budget_bytes < floor:
-        cheapest = min(least.values(), key=lambda one: one.peak)
+        cheapest = min(least_of.values(), key=lambda one: one.peak)
         what = cheapest if cheapest.peak >= least_probe.peak else least_probe
         table = ", ".join(f"{name} {_mib(size)}" for name, size in what.rows if size)
         raise BudgetError(
@@ -116,10 +121,16 @@ def plan(
         )
     rows = probe_rows(shape, setting, probe, heldout_rows, adapter, budget_bytes)
     probed = probe_peak(shape, setting, probe, heldout_rows, adapter, rows)
-    modes = []
-    for mode, size in smallest:
-        if not budget_bytes or size <= budget_bytes:
-            modes.append(_best(problems[mode], budget_bytes, part, limits, pace, probed.peak))
+    held = [mode for mode, size in smallest if not budget_bytes or size <= budget_bytes]
+    best = [_best(problems[mode], budget_bytes, part, limits, pace, probed.peak) for mode in held]
+    modes = [mode for mode in best if not limits.disk_bytes or mode.disk_bytes <= limits.disk_bytes]
+    if not modes:
+        need = min(mode.disk_bytes for mode in best)
+        raise BudgetError(
+            f"within the budget of {_mib(budget_bytes)} one unit leaves {_mib(need)} of activations to the disk, cache.max_spill "
+            f"allows {_mib(limits.disk_bytes)}; raise [budget] or cache.max_spill, or use smaller batches or fewer steps",
+            floor,
+        )
     each = {one: unit_bytes(shape, setting, spec, broadcast_rank, one) for one in Part}
     sizes = tuple(each[unit.part] for unit in model_units(part, shape.layers))
     return Plan(tuple(modes), probed, rows, sizes, floor, smallest)
@@ -127,109 +138,76 @@ def plan(
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run allows a device besides memory (`RunSpec`); 0: no limit."""
+    """What a run allows a device besides memory (`RunSpec`), and what its owner does; 0: no limit."""
 
     update_bytes: int = 0
     step_seconds: float = 0.0
-
-
-def _worst_draws(problem: Problem, layers: int, part: Part) -> tuple[Held, ...]:
-    """The dearest draws of so many whole layers, or of as many components of each kind; no draw that the server makes within
-    the bytes of those units costs more. Components lie in layers of their own as far as there are layers.
-
-    A draw may have more of the component whose `unit_bytes` are fewer. Streamed, base weights don't stay, and where that
-    component's LoRA is the larger one, as many of it as can be are the dearest.
-    """
-    shape, spec, most = problem.shape, problem.spec, problem.shape.layers
-    if part is Part.LAYER:
-        return (Held(layers),)
-    alone = min(layers, most - layers)
-    draws = [Held(layers - alone, alone, alone, any_draw=True)]
-    if spec.gradient is Gradient.STREAMED or spec.fidelity:
-        size = {one: unit_bytes(shape, problem.setting, spec, problem.broadcast_rank, one) for one in (Part.ATTENTION, Part.FFN)}
-        cheap, dear = sorted(size, key=lambda one: size[one])
-        if lora_bytes(shape, spec, cheap) > lora_bytes(shape, spec, dear):
-            many = min(2 * layers, most)
-            few = 2 * layers - many
-            shared = max(0, many + few - most)
-            count = {cheap: many - shared, dear: few - shared}
-            draws.append(Held(shared, count[Part.ATTENTION], count[Part.FFN], any_draw=True))
-    return tuple(draws)
-
-
-def _least(problem: Problem, draws: Sequence[Held], micro_batch: int) -> Estimate:
-    """The least that training any of these draws takes; and measuring its gradient's fidelity, where that is asked for."""
-    least = [problem.smallest(held, micro_batch, _most_gaps(problem.shape, held)) for held in draws]
-    if problem.spec.fidelity:
-        least += [once(problem).smallest(held, micro_batch, 0) for held in draws]
-    return max(least, key=lambda one: one.peak)
-
-
-def once(problem: Problem) -> Problem:
-    """The full model's gradient on one batch."""
-    return replace(problem, spec=replace(problem.spec, gradient=Gradient.STREAMED, steps=1))
-
-
-def _most_gaps(shape: Shape, held: Held) -> int:
-    """The most gaps that a draw can leave."""
-    positions = shape.layers if held.layers == held.whole else 2 * shape.layers
-    kept = held.whole if held.layers == held.whole else 2 * held.whole + held.attention + held.ffn
-    return min(kept + 1, positions - kept)
+    """A step, with its share of what a round does once."""
+    disk_bytes: int = 0
+    """Activations on disk (`cache.max_spill`)."""
 
 
 def _best(problem: Problem, budget_bytes: int, part: Part, limits: Limits, pace: Pace | None, probe_bytes: int) -> ModePlan:
     """The most units that memory and limits allow, and the fastest way to train them. One unit fits the memory.
 
-    Where not even one unit is within `limits.step_seconds`, one unit is planned: nothing is nearer to it.
+    Where not even one unit is within `limits`' seconds or disk, one unit is planned: nothing is nearer to it.
     """
     shape, spec = problem.shape, problem.spec
     most = shape.layers
     if limits.update_bytes:
         most = max(1, min(most, limits.update_bytes // lora_bytes(shape, spec)))
 
-    def planned(layers: int) -> tuple[Fit, float] | None:
-        draws = _worst_draws(problem, layers, part)
+    def planned(layers: int) -> _Planned | None:
+        draws = worst_draws(problem, layers, part)
         rows = micro_batches(spec.batch_size)
         if budget_bytes:  # every draw's need counts, and fidelity's, and they grow with the micro-batch
-            rows = tuple(micro for micro in rows if _least(problem, draws, micro).peak <= budget_bytes)
-        fits = [fit(problem, held, _most_gaps(shape, held), 0, rows, budget_bytes) for held in draws]
+            rows = tuple(micro for micro in rows if least(problem, draws, micro).peak <= budget_bytes)
+        fits = [fit(problem, held, most_gaps(shape, held), 0, rows, budget_bytes) for held in draws]
         if not fits or any(one is None for one in fits):
             return None
         found, held = max(
             ((one, held) for one, held in zip(fits, draws, strict=True) if one is not None),
             key=lambda each: each[0].estimate.peak,
         )
-        return found, _seconds(problem, pace, held, found, 0)
+        gaps = most_gaps(shape, held)
+        seconds, prepare = seconds_of(problem, pace, held, found, 0, gaps)
+        return _Planned(found, seconds + prepare / spec.steps, prepare, disk_of(problem, held, gaps, budget_bytes, found))
+
+    def allowed(one: _Planned) -> bool:
+        slow = limits.step_seconds and one.seconds > limits.step_seconds
+        return not slow and not (limits.disk_bytes and one.disk > limits.disk_bytes)
 
     for layers in range(most, 0, -1):
         result = planned(layers)
-        if result is not None and (layers == 1 or not limits.step_seconds or result[1] <= limits.step_seconds):
+        if result is not None and (layers == 1 or allowed(result)):
             break
     assert result is not None, "one unit fits the budget"
-    found, seconds = result
-    prepare = prepare_seconds(shape, spec, pace, found.stream) if pace is not None else 0.0
+    found = result.fit
     return ModePlan(
         spec.gradient, layers * len(model_units(part, 1)), found.micro_batch, found.checkpointing, found.stream, found.estimate,
-        max(found.estimate.peak, probe_bytes), seconds, prepare,
+        max(found.estimate.peak, probe_bytes), result.disk, result.seconds, result.prepare,
     )  # fmt: skip
 
 
-def _seconds(problem: Problem, pace: Pace | None, held: Held, found: Fit, low: int) -> float:
-    if pace is None:
-        return 0.0
-    return step_seconds(
-        problem.shape, problem.setting, problem.spec, pace, held, found.micro_batch, found.checkpointing, found.stream, low
-    )
+@dataclass(frozen=True)
+class _Planned:
+    fit: Fit
+    seconds: float
+    prepare: float
+    disk: int
 
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """How an assignment will be trained, and what it will take. `step_seconds` 0 where it was not predicted."""
+    """How an assignment will be trained, and what it will take. `step_seconds`, without what the round does once: 0 where it
+    was not predicted."""
 
     estimate: Estimate
     stream: StreamPlan
     checkpointing: bool
     step_seconds: float = 0.0
+    disk_bytes: int = 0
+    """Activations on disk at their fullest."""
 
     @property
     def peak(self) -> int:
@@ -269,8 +247,11 @@ def plan_task(
             f"{_mib(budget_bytes)}; nothing was loaded",
             estimate.peak,
         )
-    seconds = _seconds(problem, pace, held, found, low)
-    return TaskPlan(estimate, found.stream, found.checkpointing, seconds)
+    seconds, _ = seconds_of(problem, pace, held, found, low, between)
+    disk = spilled(shape, setting, spec, found.stream, low, between).most
+    if exact is not None:
+        disk = max(disk, spilled(shape, setting, once(problem).spec, exact.stream, low).most)
+    return TaskPlan(estimate, found.stream, found.checkpointing, seconds, disk)
 
 
 def probe_rows(

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from common.config import Section, load
 from common.errors import PolicyError
-from common.types import Assignment, Gradient, PlanReport, ProbeReport, ProbeTask, RunSpec, Start, TrainSpec
+from common.types import Assignment, Gradient, PlanReport, ProbeReport, ProbeTask, RunSpec, Start, TrainSpec, UpdateMetrics
 
 FILE = "policy.toml"
 
@@ -35,7 +35,7 @@ class Policy(Section):
     starts: tuple[Start, ...] = tuple(Start)
     upload_similarity: bool = True
     upload_loss: bool = True
-    """False: reports carry no held-out loss (0 of 0 tokens)."""
+    """False: reports carry no held-out loss (0 of 0 tokens), and updates neither losses nor fidelity."""
 
     def check_plan(self, spec: RunSpec) -> None:
         """May this device take part in such a run?"""
@@ -85,6 +85,10 @@ class Policy(Section):
     def redact(self, report: ProbeReport) -> ProbeReport:
         """A probe's report without what must not be told."""
         return report if self.upload_loss else replace(report, loss=0.0, tokens=0)
+
+    def redact_metrics(self, metrics: UpdateMetrics) -> UpdateMetrics:
+        """An update's metrics without what must not be told."""
+        return metrics if self.upload_loss else replace(metrics, loss_first=None, loss_last=None, fidelity=None, unit_fidelity=())
 
     def check_assignment(self, task: Assignment) -> None:
         """May this be trained?"""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -40,27 +41,33 @@ class Spill:
             return
         at = self._slot(size)
         view, done = bytes_view(tensor.detach().cpu().contiguous()), 0
-        try:
+        with self._failing("spilled"):
             while done < size:
                 done += os.pwrite(self._opened(), view[done:], at + done)
-        except OSError as error:
-            why = "the disk is full: free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-            raise StorageError(f"{self.directory}: activations can't be spilled: {why}") from None
         self._outside[key] = (at, tensor.shape, tensor.dtype)
 
     def get(self, key: Hashable) -> torch.Tensor:
-        """The tensor, which stays on the shelf. Raises KeyError."""
+        """The tensor, which stays on the shelf. Raises KeyError, and StorageError when the disk does not give it back."""
         if key in self._inside:
             return self._inside[key]
         at, shape, dtype = self._outside[key]
         out = torch.empty(shape, dtype=dtype)
         view, done = bytes_view(out), 0
-        while done < len(view):
-            got = os.preadv(self._opened(), [view[done:]], at + done)
-            if got == 0:
-                raise StorageError(f"{self.directory}: spilled activations have been cut short")
-            done += got
+        with self._failing("read back"):
+            while done < len(view):
+                got = os.preadv(self._opened(), [view[done:]], at + done)
+                if got == 0:
+                    raise StorageError(f"{self.directory}: spilled activations have been cut short")
+                done += got
         return out.to(self.device)
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            why = "the disk is full: free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+            raise StorageError(f"{self.directory}: activations can't be {what}: {why}") from None
 
     def take(self, key: Hashable) -> torch.Tensor:
         """The tensor, and its place is free again. Raises KeyError."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.blocks import block_names, key, read_block, write_blocks
+from common.blocks import write_blocks
 from common.checkpoint import Checkpoint
 from common.codec import from_json
-from common.errors import BudgetError, ModelError, ProtocolError, WorkerError
-from common.tensorfile import TensorFile
-from common.types import Assignment, Gradient, LoraBlock, ProbeReport, TaskKey, UpdateMetrics
+from common.errors import BudgetError, ModelError, ProtocolError, StorageError, WorkerError
+from common.types import Assignment, Gradient, ProbeReport, TaskKey, UpdateMetrics
 from fp_client import batches as data
 from fp_client import measure, memory, planner
+from fp_client.adapter_files import AdapterFiles
 from fp_client.fidelity import Fidelity, fidelity, gradients
 from fp_client.loader import UnitLoader
 from fp_client.messages import (
-    AdapterFile,
     CheckArgs,
     CheckResult,
     FidelityArgs,
@@ -51,37 +51,6 @@ LOOKED_AT = 4
 """Steps whose rows say what a typical one is."""
 SLACK = 128 << 20
 """Address space a task may reserve above its budget: thread stacks and libraries loaded late are never touched whole."""
-
-
-class AdapterFiles(Mapping[int, Sequence[LoraBlock]]):
-    """The broadcast adapter by layer, each layer read when it is asked for and not kept."""
-
-    def __init__(self, files: Sequence[AdapterFile]) -> None:
-        self._paths = {file.layer: Path(file.path) for file in files}
-
-    def __getitem__(self, layer: int) -> Sequence[LoraBlock]:
-        with TensorFile(self._paths[layer]) as file:
-            return [read_block(file, *name) for name in block_names(file) if name[0] == layer]
-
-    def _sizes(self, layer: int) -> tuple[int, int]:
-        with TensorFile(self._paths[layer]) as file:
-            ranks = [file.info(key(*name, "A")).shape[0] for name in block_names(file) if name[0] == layer]
-            return max(ranks, default=0), sum(info.size for info in file.tensors.values())
-
-    def rank(self, layers: Collection[int]) -> int:
-        """The largest rank among those layers' blocks; 0 where ΔW is still nothing."""
-        return max((self._sizes(layer)[0] for layer in self._paths if layer in layers), default=0)
-
-    @property
-    def layer_bytes(self) -> int:
-        """The size of the largest layer."""
-        return max((self._sizes(layer)[1] for layer in self._paths), default=0)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(sorted(self._paths))
-
-    def __len__(self) -> int:
-        return len(self._paths)
 
 
 def collecting(progress: OnProgress) -> OnProgress:
@@ -224,6 +193,7 @@ class Tasks:
         with measure.Peak(self.config.device, self.warmed_bytes) as peak, self._checkpoint() as checkpoint:
             adapter = AdapterFiles(args.adapter)
             predicted = self._predicted(checkpoint, assignment, adapter, args.pace)
+            self._room(predicted.disk_bytes)
             batches = list(data.train_batches(rows, spec, self.tokenizer))
             measured = self._fidelity(checkpoint, assignment, adapter, batches[0], progress) if spec.fidelity else None
             with self._trainer(checkpoint, assignment, adapter, predicted, progress) as trainer:
@@ -246,6 +216,16 @@ class Tasks:
             shape_of(checkpoint.config), self._setting(checkpoint), assignment.spec, adapter.rank(layers), assignment.units,
             assignment.micro_batch, assignment.checkpointing, self.config.budget_bytes, pace,
         )  # fmt: skip
+
+    def _room(self, size: int) -> None:
+        """Raises StorageError, before anything is loaded, when the disk has less room than activations will take."""
+        cache = Path(self.config.cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        if size and (free := shutil.disk_usage(cache).free) < size:
+            raise StorageError(
+                f"{cache}: {size >> 20} MiB of activations will be spilled here, and {free >> 20} MiB are free: make room, raise "
+                "[budget], or bound them with cache.max_spill; nothing was loaded"
+            )
 
     def _trainer(
         self,

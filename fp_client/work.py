@@ -127,7 +127,7 @@ class LocalWork:
             setting = setting_of(self.config, section, checkpoint)
             return plan(
                 checkpoint.config, setting, spec.train, spec.probe, spec.broadcast_rank, self.budget_bytes, heldout, spec.part,
-                Limits(spec.update_bytes, spec.step_seconds), pace,
+                Limits(spec.update_bytes, spec.step_seconds, self.config.cache.max_spill), pace,
             )  # fmt: skip
         finally:
             checkpoint.close()

@@ -26,13 +26,14 @@ from common.types import (
     model_units,
 )
 from fp_client import measure
+from fp_client.adapter_files import AdapterFiles
 from fp_client.batches import Dataset, heldout_batches
 from fp_client.data import DataSource, Split, open_rows
 from fp_client.memory import Setting
 from fp_client.messages import AdapterFile, CheckArgs, OnProgress, ProbeArgs, TrainArgs, WorkerConfig
 from fp_client.planner import Limits, Plan, plan
 from fp_client.probe import probe
-from fp_client.tasks import AdapterFiles, Tasks, check_finite, collecting
+from fp_client.tasks import Tasks, check_finite, collecting
 from fp_client.template import Encoded, encode
 from fp_lab.experiment import Experiment, Row
 from fp_server.objects import ObjectStore

@@ -18,8 +18,11 @@ LONGEST = 1e9
 def choose_capacity(report: PlanReport, gradient: Gradient, step_seconds: float) -> Capacity | None:
     """The capacity a device trains by: the run's mode, or for AUTO the choice among those it can hold.
 
-    AUTO takes the best fidelity whose predicted step is within `step_seconds` (0: no limit). When none is, the fastest;
-    a mode without a prediction counts as the slowest, and of equals the cheaper one is taken. None: it can't.
+    AUTO takes the best fidelity whose predicted step is within `step_seconds` (0: no limit), among those with at least half
+    as many units as any other within it (a submodel counts there when it is the whole model): a device plans fewer units to
+    be within the limit, and the full model's gradient for one unit is worth less than a near one for eight. When none is
+    within it, the fastest; a mode without a prediction counts as the slowest, and of equals the cheaper one is taken.
+    None: it can't.
     """
     held = {c.gradient: c for c in report.capacities if c.units > 0}
     if gradient is not Gradient.AUTO:
@@ -27,7 +30,10 @@ def choose_capacity(report: PlanReport, gradient: Gradient, step_seconds: float)
     modes = [held[mode] for mode in FIDELITY if mode in held]
     within = [c for c in modes if not step_seconds or 0 < c.step_seconds <= step_seconds]
     if within or not modes:
-        return within[0] if within else None
+        # A submodel's units count only when it is the whole model: else its gradient has little to do with the full one's.
+        near = [c.units for c in within if c.gradient is not Gradient.SUBMODEL or c.units == len(report.unit_bytes)]
+        most = max(near, default=0) if step_seconds else 0
+        return next((c for c in within if 2 * c.units >= most), None)
     return min(reversed(modes), key=lambda c: c.step_seconds or math.inf)
 
 

@@ -89,7 +89,7 @@ def check_metrics(metrics: UpdateMetrics) -> None:
         if not 0 <= (value := getattr(metrics, name)) <= LARGEST:
             raise UpdateRejected(f"the update's {name} is {value:.4g}, it must lie between 0 and {LARGEST:.0e}")
     for name in ("loss_first", "loss_last"):
-        if not abs(value := getattr(metrics, name)) <= LARGEST:
+        if (value := getattr(metrics, name)) is not None and not abs(value) <= LARGEST:
             raise UpdateRejected(f"the update's {name} is {value:.4g}, at most {LARGEST:.0e} counts")
     cosines = () if metrics.fidelity is None else (metrics.fidelity,)
     for value in (*cosines, *metrics.unit_fidelity):

@@ -143,7 +143,7 @@ def _round_table(entry: dict[str, Any]) -> Table:
         table.add_row(
             plain(device), spans(member.get("units", [])),
             size(member["update_bytes"]) if trained else "", peak,
-            f"{_loss(member['loss_first'])} → {_loss(member['loss_last'])}" if trained else "",
+            f"{_loss(member['loss_first'])} → {_loss(member['loss_last'])}" if member.get("loss_last") is not None else "",
             plain(member.get("message", "" if trained else member["stage"])),
         )  # fmt: skip
     return table

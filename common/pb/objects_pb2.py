@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from common.pb import types_pb2 as common_dot_pb_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63ommon/pb/objects.proto\x12\x0c\x66\x65\x64pruner.v1\x1a\x15\x63ommon/pb/types.proto\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"Y\n\rOffsetRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.fedpruner.v1.TaskKey\x12$\n\x03ref\x18\x02 \x01(\x0b\x32\x17.fedpruner.v1.ObjectRef\"/\n\x0bOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\"\x8e\x02\n\rUpdateMetrics\x12\x12\n\nloss_first\x18\x01 \x01(\x01\x12\x11\n\tloss_last\x18\x02 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x1c\n\x14predicted_peak_bytes\x18\x04 \x01(\x04\x12\x1b\n\x13measured_peak_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x1e\n\x16predicted_step_seconds\x18\x07 \x01(\x01\x12\x14\n\x0cstep_seconds\x18\x08 \x01(\x01\x12\x15\n\x08\x66idelity\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x15\n\runit_fidelity\x18\n \x03(\x01\x42\x0b\n\t_fidelity\"\x94\x01\n\nPushHeader\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.fedpruner.v1.TaskKey\x12$\n\x03ref\x18\x02 \x01(\x0b\x32\x17.fedpruner.v1.ObjectRef\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12,\n\x07metrics\x18\x04 \x01(\x0b\x32\x1b.fedpruner.v1.UpdateMetrics\"g\n\x0bPushMessage\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedpruner.v1.PushHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedpruner.v1.ChunkH\x00\x42\x06\n\x04\x62ody\"\x1e\n\tPushReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\x32\xc5\x01\n\x07Objects\x12:\n\x05\x46\x65tch\x12\x1a.fedpruner.v1.FetchRequest\x1a\x13.fedpruner.v1.Chunk0\x01\x12@\n\x06Offset\x12\x1b.fedpruner.v1.OffsetRequest\x1a\x19.fedpruner.v1.OffsetReply\x12<\n\x04Push\x12\x19.fedpruner.v1.PushMessage\x1a\x17.fedpruner.v1.PushReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63ommon/pb/objects.proto\x12\x0c\x66\x65\x64pruner.v1\x1a\x15\x63ommon/pb/types.proto\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"Y\n\rOffsetRequest\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.fedpruner.v1.TaskKey\x12$\n\x03ref\x18\x02 \x01(\x0b\x32\x17.fedpruner.v1.ObjectRef\"/\n\x0bOffsetReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\"\xb5\x02\n\rUpdateMetrics\x12\x17\n\nloss_first\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\tloss_last\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x1c\n\x14predicted_peak_bytes\x18\x04 \x01(\x04\x12\x1b\n\x13measured_peak_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x1e\n\x16predicted_step_seconds\x18\x07 \x01(\x01\x12\x14\n\x0cstep_seconds\x18\x08 \x01(\x01\x12\x15\n\x08\x66idelity\x18\t \x01(\x01H\x02\x88\x01\x01\x12\x15\n\runit_fidelity\x18\n \x03(\x01\x42\r\n\x0b_loss_firstB\x0c\n\n_loss_lastB\x0b\n\t_fidelity\"\x94\x01\n\nPushHeader\x12\"\n\x03key\x18\x01 \x01(\x0b\x32\x15.fedpruner.v1.TaskKey\x12$\n\x03ref\x18\x02 \x01(\x0b\x32\x17.fedpruner.v1.ObjectRef\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12,\n\x07metrics\x18\x04 \x01(\x0b\x32\x1b.fedpruner.v1.UpdateMetrics\"g\n\x0bPushMessage\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x18.fedpruner.v1.PushHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedpruner.v1.ChunkH\x00\x42\x06\n\x04\x62ody\"\x1e\n\tPushReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\x32\xc5\x01\n\x07Objects\x12:\n\x05\x46\x65tch\x12\x1a.fedpruner.v1.FetchRequest\x1a\x13.fedpruner.v1.Chunk0\x01\x12@\n\x06Offset\x12\x1b.fedpruner.v1.OffsetRequest\x1a\x19.fedpruner.v1.OffsetReply\x12<\n\x04Push\x12\x19.fedpruner.v1.PushMessage\x1a\x17.fedpruner.v1.PushReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,13 +41,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OFFSETREPLY']._serialized_start=226
   _globals['_OFFSETREPLY']._serialized_end=273
   _globals['_UPDATEMETRICS']._serialized_start=276
-  _globals['_UPDATEMETRICS']._serialized_end=546
-  _globals['_PUSHHEADER']._serialized_start=549
-  _globals['_PUSHHEADER']._serialized_end=697
-  _globals['_PUSHMESSAGE']._serialized_start=699
-  _globals['_PUSHMESSAGE']._serialized_end=802
-  _globals['_PUSHREPLY']._serialized_start=804
-  _globals['_PUSHREPLY']._serialized_end=834
-  _globals['_OBJECTS']._serialized_start=837
-  _globals['_OBJECTS']._serialized_end=1034
+  _globals['_UPDATEMETRICS']._serialized_end=585
+  _globals['_PUSHHEADER']._serialized_start=588
+  _globals['_PUSHHEADER']._serialized_end=736
+  _globals['_PUSHMESSAGE']._serialized_start=738
+  _globals['_PUSHMESSAGE']._serialized_end=841
+  _globals['_PUSHREPLY']._serialized_start=843
+  _globals['_PUSHREPLY']._serialized_end=873
+  _globals['_OBJECTS']._serialized_start=876
+  _globals['_OBJECTS']._serialized_end=1073
 # @@protoc_insertion_point(module_scope)

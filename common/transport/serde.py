@@ -66,6 +66,12 @@ def _finite(value: float, field: str) -> float:
     return value
 
 
+def _positive(value: int, field: str) -> int:
+    if value < 1:
+        raise ProtocolError(f"{field}: {value} must be at least 1")
+    return value
+
+
 def _part(value: types_pb2.Part, field: str) -> t.Part:
     if value not in _PART_OF:
         raise ProtocolError(f"{field}: unknown value {value}")
@@ -305,7 +311,7 @@ def assignment_from_pb(m: session_pb2.Assignment) -> t.Assignment:
         probabilities=tuple(tuple(g.probabilities) for g in m.groups),
         spec=train_spec_from_pb(m.spec),
         adapter=_adapter_from_pb(list(m.adapter)),
-        micro_batch=m.micro_batch,
+        micro_batch=_positive(m.micro_batch, "assignment.micro_batch"),
         checkpointing=m.checkpointing,
         redraws=m.redraws,
         reductions=m.reductions,
@@ -350,7 +356,8 @@ def ready_from_pb(m: objects_pb2.PushHeader) -> t.UpdateReady:
     """The header of a push -> UpdateReady."""
     x = m.metrics
     metrics = t.UpdateMetrics(
-        _finite(x.loss_first, "metrics.loss_first"), _finite(x.loss_last, "metrics.loss_last"),
+        _finite(x.loss_first, "metrics.loss_first") if x.HasField("loss_first") else None,
+        _finite(x.loss_last, "metrics.loss_last") if x.HasField("loss_last") else None,
         _finite(x.tokens_per_second, "metrics.tokens_per_second"), x.predicted_peak_bytes, x.measured_peak_bytes,
         _finite(x.seconds, "metrics.seconds"), _finite(x.predicted_step_seconds, "metrics.predicted_step_seconds"),
         _finite(x.step_seconds, "metrics.step_seconds"),

@@ -106,6 +106,7 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
         self.bytes_in = 0
         self.pushes = 0
         self.accepted: dict[str, bytes] = {}
+        self.metrics: list[objects_pb2.UpdateMetrics] = []
         self.error: FedPrunerError | None = None
         self.fetch_errors: list[FedPrunerError] = []
         self.push_errors: list[FedPrunerError] = []
@@ -156,6 +157,7 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
         assert hashlib.sha256(self.received).hexdigest() == header.ref.digest
         self.accepted[header.ref.digest] = bytes(self.received)
+        self.metrics.append(header.metrics)
         self.received.clear()
         if self.lose_replies:
             self.lose_replies -= 1

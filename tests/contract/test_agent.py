@@ -103,7 +103,7 @@ class FakeWork:
     async def train(self, spec, task, adapter, out, progress):
         await self._run("train", adapter, progress)
         out.write_bytes(b"update of " + str(task.key).encode())
-        return TrainResult(UpdateMetrics(2.0, 1.0))
+        return TrainResult(UpdateMetrics(2.0, 1.0, seconds=1.5))
 
     async def close(self):
         self.closed = True
@@ -489,6 +489,10 @@ def test_the_policy_keeps_the_loss(tmp_path):
             report = await server.sessions.next("probe")
             assert (report.loss, report.tokens, report.units) == (0.0, 0, 0)
             assert device.work.begun == ["plan", "probe"]  # the second was not measured at all
+            await device.hears("assignment", assignment())
+            await device.until(lambda: server.objects.accepted)
+            metrics = server.objects.metrics[0]
+            assert not metrics.HasField("loss_first") and not metrics.HasField("loss_last") and metrics.seconds == 1.5
 
     against(tmp_path, body)
 

@@ -20,6 +20,7 @@ from common.types import (
     TaskKey,
     TrainSpec,
     UnitId,
+    UpdateMetrics,
 )
 from fp_client.config import human, load_config, need_data, need_model, need_server, parse_bytes, resolve
 from fp_client.policy import Policy, load_policy
@@ -192,3 +193,11 @@ def test_tasks_are_held_to_the_policy_too():
         Policy(upload_similarity=False).check_probe(SPEC, probe)
     Policy(upload_similarity=False).check_probe(SPEC, replace(probe, similarity=False))
     assert Policy(upload_loss=False).tells(probe) and not Policy(upload_loss=False).tells(replace(probe, similarity=False))
+
+
+def test_what_the_policy_keeps_of_an_update() -> None:
+    told = UpdateMetrics(2.0, 1.0, 5.0, 6, 7, 8.0, 9.0, 10.0, 0.5, (0.5,))
+    assert Policy().redact_metrics(told) == told
+    kept = Policy(upload_loss=False).redact_metrics(told)
+    assert (kept.loss_first, kept.loss_last, kept.fidelity, kept.unit_fidelity) == (None, None, None, ())
+    assert (kept.seconds, kept.measured_peak_bytes) == (8.0, 7)

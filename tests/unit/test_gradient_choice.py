@@ -60,6 +60,27 @@ def test_auto_takes_the_best_fidelity_within_the_limit_or_else_the_fastest(held,
     assert choose_capacity(reordered, AUTO, limit) == found, "the order a device names them in does not matter"
 
 
+@pytest.mark.parametrize(
+    ("submodel", "stitched", "streamed", "chosen"),
+    [
+        (8, 8, 4, STR),  # half as many units: the better gradient counts more
+        (8, 8, 3, STI),
+        (4, 1, 1, STR),  # a submodel's units count for little
+        (10, 1, 1, SUB),  # unless it is the whole model
+        (10, 5, 1, STI),
+        (8, 0, 1, STR),
+    ],
+)
+def test_within_a_limit_few_units_do_not_win_by_their_gradient(submodel, stitched, streamed, chosen):
+    """A slow device that must stream plans one unit to be within the limit, where a stitched submodel would keep eight."""
+    units = ((SUB, submodel), (STI, stitched), (STR, streamed))
+    held = dataclasses.replace(report(*(Capacity(mode, n, 1, True, 5, 1.0) for mode, n in units if n)), unit_bytes=(1,) * 10)
+    found = choose_capacity(held, AUTO, 2.0)
+    assert found is not None and found.gradient == chosen
+    found = choose_capacity(held, AUTO, 0)
+    assert found is not None and found.gradient == STR, "without a limit memory alone decides"
+
+
 def test_a_fixed_mode_is_taken_whatever_its_time_and_no_other_stands_in_for_it():
     held = modes(1, None, 9)
     assert choose_capacity(held, STR, 2.0).step_seconds == 9 and choose_capacity(held, STI, 0) is None

@@ -184,7 +184,8 @@ def test_an_update_limit_bounds_the_units() -> None:
 def test_a_step_limit_bounds_the_units_where_units_cost_time() -> None:
     free = planned(0, pace=PACE)
     times = {m.gradient: m.step_seconds for m in free.modes}
-    assert 0 < times[Gradient.SUBMODEL] < times[Gradient.STREAMED] and times[Gradient.STITCHED] == times[Gradient.SUBMODEL]
+    assert 0 < times[Gradient.SUBMODEL] < times[Gradient.STREAMED]
+    assert times[Gradient.STITCHED] == times[Gradient.SUBMODEL], "all units leave no gap to pass through first"
     limit = times[Gradient.SUBMODEL] / 2
     held = planned(0, pace=PACE, limits=Limits(step_seconds=limit))
     half = mode(held, Gradient.SUBMODEL)
@@ -210,8 +211,48 @@ def test_what_saves_memory_costs_time() -> None:
     assert again - kept == pytest.approx(8 * PACE.forward_lora)
     low = step_seconds(SMALL, setting, spec(Gradient.STREAMED), PACE, held, 4, True, StreamPlan(), 20)
     assert low < seconds(resident=0, ahead=False)
-    assert prepare_seconds(SMALL, spec(Gradient.STREAMED), PACE, StreamPlan(), 20) > 0
-    assert prepare_seconds(SMALL, spec(Gradient.SUBMODEL), PACE, StreamPlan()) == 0
+    assert prepare_seconds(SMALL, setting, spec(Gradient.STREAMED), PACE, StreamPlan(), 20) > 0
+    assert prepare_seconds(SMALL, setting, spec(Gradient.SUBMODEL), PACE, StreamPlan()) == 0
+    anchor = [prepare_seconds(SMALL, setting, spec(Gradient.STITCHED), PACE, p, gaps=3) for p in (StreamPlan(), LEAST)]
+    assert 30 * 10 * PACE.forward <= anchor[0] < anchor[1], "every layer over the round's ten batches; spilling comes on top"
+
+
+def test_what_a_round_does_once_counts_towards_the_step_limit() -> None:
+    """A stitched device runs the whole model over the round's rows first: a share of that falls on every step."""
+    held = planned(230, Gradient.STITCHED, pace=PACE)
+    one = mode(held, Gradient.STITCHED)
+    alone = one.step_seconds - one.prepare_seconds / 10
+    assert one.prepare_seconds > 0 and 0 < alone < one.step_seconds
+    limited = mode(
+        planned(230, Gradient.STITCHED, pace=PACE, limits=Limits(step_seconds=one.step_seconds * 0.99)), Gradient.STITCHED
+    )
+    assert limited.units < one.units
+
+
+@pytest.mark.parametrize("budget", [110, 130, 180])
+def test_no_draw_spills_more_than_is_planned(budget: int) -> None:
+    for gradient in (Gradient.STREAMED, Gradient.STITCHED):
+        found = planned(budget + 110 * (gradient is Gradient.STITCHED), gradient, rank=4)
+        one = mode(found, gradient)
+        for first in range(SMALL.layers - one.units + 1):
+            units = [UnitId(first + i) for i in range(one.units)]
+            task = plan_task(SMALL, Setting(stored=2), spec(gradient, rank=4), 0, units, one.micro_batch, True, budget * MIB * 3)
+            assert task.disk_bytes <= one.disk_bytes
+        spread = [UnitId(round(i * (SMALL.layers - 1) / max(1, one.units - 1))) for i in range(one.units)]
+        budgeted = (budget + 110 * (gradient is Gradient.STITCHED)) * MIB
+        task = plan_task(SMALL, Setting(stored=2), spec(gradient, rank=4), 0, spread, one.micro_batch, True, budgeted)
+        assert task.disk_bytes <= one.disk_bytes
+
+
+def test_a_bound_of_the_disk_leaves_fewer_units_or_refuses() -> None:
+    free = mode(planned(107, Gradient.STREAMED, steps=40), Gradient.STREAMED)
+    assert free.disk_bytes > 0
+    bound = mode(planned(107, Gradient.STREAMED, steps=40, limits=Limits(disk_bytes=free.disk_bytes - 1)), Gradient.STREAMED)
+    assert bound.disk_bytes < free.disk_bytes and bound.units < free.units
+    with pytest.raises(BudgetError, match=r"one unit leaves \d+ MiB of activations to the disk, cache.max_spill allows 1 MiB"):
+        planned(103, Gradient.STREAMED, steps=40, limits=Limits(disk_bytes=MIB))
+    roomy = mode(planned(0, Gradient.STREAMED, steps=40, limits=Limits(disk_bytes=1)), Gradient.STREAMED)
+    assert (roomy.units, roomy.disk_bytes) == (30, 0)
 
 
 def test_recomputation_is_turned_on_where_an_assignment_would_not_fit_without() -> None:

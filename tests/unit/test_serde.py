@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,9 @@ def test_a_push_header_round_trips():
     ready = t.UpdateReady(KEY, REF, t.UpdateMetrics(3.0, 2.0, 10.5, 2**40, 2**41, 1.5))
     message = objects_pb2.PushHeader.FromString(serde.ready_to_pb(ready, 17).SerializeToString())
     assert serde.ready_from_pb(message) == ready and message.offset == 17
+    untold = replace(ready, metrics=replace(ready.metrics, loss_first=None, loss_last=None))
+    message = objects_pb2.PushHeader.FromString(serde.ready_to_pb(untold, 0).SerializeToString())
+    assert serde.ready_from_pb(message) == untold, "a loss that is not told is not 0"
 
 
 def changed(case, path, value):
@@ -104,6 +109,7 @@ def changed(case, path, value):
         ("plan", "run", "A B", "plan.run"),
         ("assignment", "key.run", "", "key.run"),
         ("assignment", "spec.start", "x", "train.start"),
+        ("assignment", "micro_batch", 0, "assignment.micro_batch: 0 must be at least 1"),
         ("progress", "key.run", "/", "key.run"),
         ("failed", "key.run", "/", "key.run"),
     ],

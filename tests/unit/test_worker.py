@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 
 from common.blocks import read_blocks, write_blocks
 from common.codec import to_json
-from common.errors import BudgetError, DataError, ModelError, ProtocolError, WorkerError
+from common.errors import BudgetError, DataError, ModelError, ProtocolError, StorageError, WorkerError
 from common.types import (
     Assignment,
     Gradient,
@@ -37,6 +38,7 @@ from fp_client.data import DataSource
 from fp_client.messages import AdapterFile, CheckArgs, CheckResult, PaceArgs, ProbeArgs, TrainArgs, TrainResult, WorkerConfig
 from fp_client.pace import Pace
 from fp_client.pool import Worker, worker_environment
+from fp_client.tasks import Tasks
 from tests.unit import device, tiny
 
 KEY = TaskKey("run", 0, 0)
@@ -105,6 +107,18 @@ def test_check_probe_and_train_in_one_warm_process(config: WorkerConfig, tmp_pat
         assert worker.pid == ready.pid
 
     with_worker(config, body)
+
+
+def test_a_disk_without_room_for_activations_is_said_before_anything_is_loaded(
+    config: WorkerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Tasks._room
+    tasks = object.__new__(Tasks)  # without the warm-up: the check needs the configuration alone
+    tasks.config = replace(config, cache=str(tmp_path / "new"))
+    free = shutil.disk_usage(tmp_path).free
+    room(tasks, free // 2)
+    with pytest.raises(StorageError, match=r"new: \d+ MiB of activations will be spilled here, and \d+ MiB are free: make room"):
+        room(tasks, 2 * free + (1 << 30))
 
 
 def test_a_probe_that_is_not_finite_is_a_named_error(config: WorkerConfig, tmp_path: Path) -> None:
