@@ -5,7 +5,8 @@
 Two ratios: a streamed step with all units against a step of the full model in memory with activation checkpointing, and
 a stitched step with 8 of 30 layers against a plain submodel step with the same layers. The cache is warm: every mode has
 done a step before the clock starts. Medians of the paired ratios; what a round does once (the streamed prefix, the anchor
-pass of a stitched round) is not part of a step and is given apart.
+pass of a stitched round) is not part of a step and is given apart. Beside each figure what a device would have predicted
+from its pace, measured before (`fp_client.pacing`).
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ import torch
 
 from benchmarks.memory_probe import rows
 from common.checkpoint import Checkpoint
-from common.types import Gradient, TrainSpec, UnitId
+from common.types import Gradient, Quantization, TrainSpec, UnitId
 from fp_client.loader import UnitLoader
-from fp_client.memory import StreamPlan
+from fp_client.memory import Held, Setting, StreamPlan
+from fp_client.pace import Pace, prepare_seconds, step_seconds
+from fp_client.pacing import Typical, measure_pace
 from fp_client.shapes import shape_of
 from fp_client.trainers import open_trainer
+from fp_client.units import gaps, keep
 
 CHOSEN = (1, 13, 22, 25, 26, 27, 28, 29)
 """Eight layers as FDLO and IALS draw them on SmolLM2."""
@@ -43,6 +47,8 @@ def paired(
     """Each side's steps in turn; the first named is compared with the second."""
     batches = [rows(given.rows, given.length, loader.checkpoint.config["vocab_size"], seed) for seed in range(given.pairs + 1)]
     counted = given.rows * (given.length - given.length // 2)
+    pace = measure_pace(loader, spec, 0, given.rows, Typical(given.length, given.length - given.length // 2))
+    predicted: dict[str, tuple[float, float]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     begin: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
@@ -51,6 +57,7 @@ def paired(
             plan = StreamPlan(ahead=True, resident=given.resident)
             opened = open_trainer(loader, units, replace(spec, gradient=mode), {}, plan, ROOT / ".cache/spill")
             trainers[name] = stack.enter_context(opened)
+            predicted[name] = foreseen(given, loader, replace(spec, gradient=mode, steps=given.pairs + 1), units, plan, pace)
             at = time.monotonic()
             trainers[name].begin(batches, given.rows)
             begin[name] = time.monotonic() - at
@@ -70,8 +77,21 @@ def paired(
         "sides": [one, other], "seconds": {name: round(statistics.median(found), 3) for name, found in seconds.items()},
         "ratio": round(statistics.median(ratios), 3),
         "quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[3 * len(ratios) // 4], 3)],
-        "once_a_round": {name: round(value, 2) for name, value in begin.items()}, "rounds_steps": len(batches),
+        "predicted": {name: round(step, 3) for name, (step, _) in predicted.items()},
+        "once_a_round": {name: round(value, 2) for name, value in begin.items()},
+        "once_predicted": {name: round(once, 2) for name, (_, once) in predicted.items()}, "rounds_steps": len(batches),
     }  # fmt: skip
+
+
+def foreseen(
+    given: argparse.Namespace, loader: UnitLoader, spec: TrainSpec, units: list[UnitId], plan: StreamPlan, pace: Pace
+) -> tuple[float, float]:
+    """Predicted seconds of a step, and of what a round does once before."""
+    shape, kept = shape_of(loader.checkpoint.config), keep(units, loader.checkpoint.layers, spec.targets)
+    setting = Setting(Quantization.NONE, 2 if given.dtype == "bfloat16" else 4)
+    low, between = min(kept), len(gaps(units, loader.checkpoint.layers))
+    step = step_seconds(shape, setting, spec, pace, Held.of(kept), given.rows, True, plan, low, between)
+    return step, prepare_seconds(shape, setting, spec, pace, plan, low, between)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from common.checkpoint import Checkpoint
 from common.errors import ModelError
-from common.types import LoraBlock, Part, Quantization, Start, TrainSpec, UnitId
+from common.types import LoraBlock, Part, Quantization, Start, TrainSpec, UnitId, model_units
 from fp_client.families import FAMILIES
 from fp_client.loader import UnitLoader
 from fp_client.memory import StreamPlan
@@ -172,13 +172,15 @@ def test_quantized_units_give_the_gradient_of_the_quantized_model_in_memory(tmp_
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
-def test_a_round_with_all_units_is_plain_lora_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [Part.LAYER, Part.FFN], ids=["layers", "components"])
+def test_a_round_with_all_units_is_plain_lora_training(part: Part, tmp_path: Path) -> None:
     directory = tiny.make("qwen3", tmp_path)
     spec = spec_of(directory, steps=4)
-    everything = tuple(UnitId(index) for index in range(tiny.LAYERS))
+    everything = model_units(part, tiny.LAYERS)
     batches = [tiny.batch(seed=seed) for seed in range(4)]
     one = train(streamed(directory, tmp_path, everything, spec), batches, spec, 2)
-    other = train(load_submodel(UnitLoader(Checkpoint(directory)), everything, spec), batches, spec, 3)
+    layers = model_units(Part.LAYER, tiny.LAYERS)
+    other = train(load_submodel(UnitLoader(Checkpoint(directory)), layers, spec), batches, spec, 3)
     assert one.loss_last == pytest.approx(other.loss_last, abs=1e-4)
     for mine, its in zip(one.blocks, other.blocks, strict=True):
         assert (mine.layer, mine.module) == (its.layer, its.module)
