@@ -7,17 +7,19 @@
 The baseline is this project's own loader with all units, checkpointing and chunked loss, on the same batch. Its measured peak
 (`--baseline MIB` where it is known) is the whole; the planner then gets a quarter of it (`--share`), or with `--smallest` the
 smallest budget it accepts, and what it chooses is trained in a fresh process, above whose warmed footprint nothing more can be
-allocated (RLIMIT_DATA), and measured there. `--wrap` puts a command before that process, for a limit of the kernel's: `{limit}`
-in it becomes the warmed footprint (`--warmed MIB`) plus the budget, in bytes, for example
-"systemd-run --scope -q -p MemoryMax={limit} -p MemorySwapMax=0". `--shape` uses RANDOM WEIGHTS. Exit code 1 when a
-peak is over its budget.
+allocated (RLIMIT_DATA), and measured there. `--container IMAGE` runs that process in a container without swap whose memory the
+kernel limits to the warmed footprint (the baseline's, or `--warmed MIB`) plus the budget; the image needs nothing but the C
+library, Python and the environment are mounted:
+
+    python benchmarks/quarter.py --shape llama2-7b --dir .cache/shapes --container python:3.11-slim
+
+`--shape` uses RANDOM WEIGHTS. Exit code 1 when a peak is over its budget.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -32,6 +34,8 @@ from fp_client.memory import MIB, Setting
 from fp_client.planner import ModePlan, Plan, plan, plan_task
 from fp_client.pool import worker_environment
 from fp_client.shapes import shape_of
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def spec_of(given: argparse.Namespace, gradient: Gradient) -> TrainSpec:
@@ -98,15 +102,26 @@ def inside(given: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def contained(image: str, limit: int, environment: dict[str, str]) -> list[str]:
+    """The command that runs another in a container of `limit` bytes, with this machine's Python and this checkout."""
+    mounts = {str(Path(sys.base_prefix)): ":ro", str(ROOT): ""}
+    return [
+        "docker", "run", "--rm", "--memory", str(limit), "--memory-swap", str(limit), "--workdir", str(ROOT),
+        *(f"--volume={path}:{path}{mode}" for path, mode in mounts.items()),
+        *(f"--env={name}" for name in sorted(environment) if name not in ("PATH", "HOME")), image,
+    ]  # fmt: skip
+
+
 def measured(given: argparse.Namespace, gradient: Gradient, budget: int) -> dict[str, Any]:
     """One mode in a process of its own."""
     command = [
         sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--model", str(given.model), "--inside", gradient.value,
         "--budget", str(budget),
     ]  # fmt: skip
-    if given.wrap and budget:
-        command = [*shlex.split(given.wrap.format(limit=int(given.warmed * MIB) + budget)), *command]
-    done = subprocess.run(command, env=worker_environment(given.threads), stdout=subprocess.PIPE, text=True, check=False)
+    environment = worker_environment(given.threads)
+    if given.container and budget:
+        command = [*contained(given.container, int(given.warmed * MIB) + budget, environment), *command]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"{gradient.value}: the process ended with {done.returncode}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -136,8 +151,8 @@ def main() -> int:
     parser.add_argument("--smallest", action="store_true", help="the planner's smallest budget instead of a share")
     parser.add_argument("--baseline", type=float, default=0.0, help="the baseline's peak in MiB, measured earlier")
     parser.add_argument("--modes", nargs="+", choices=["streamed", "stitched"], default=["streamed", "stitched"])
-    parser.add_argument("--wrap", default="")
-    parser.add_argument("--warmed", type=float, default=0.0, help="MiB a warmed process holds, for --wrap")
+    parser.add_argument("--container", default="", metavar="IMAGE", help="run under a container's memory limit")
+    parser.add_argument("--warmed", type=float, default=0.0, help="MiB a warmed process holds, where the baseline's are known")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     parser.add_argument("--budget", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -146,7 +161,12 @@ def main() -> int:
         return 0
     given.model = shaped(given) if given.shape else given.model
     checkpoint = Checkpoint(given.model)
-    whole = given.baseline * MIB or measured(given, Gradient.SUBMODEL, 0)["peak_mib"] * MIB
+    if given.container and given.baseline and not given.warmed:
+        parser.error("--container with --baseline needs --warmed")
+    whole = given.baseline * MIB
+    if not whole:
+        found = measured(given, Gradient.SUBMODEL, 0)
+        whole, given.warmed = found["peak_mib"] * MIB, given.warmed or found["warmed_mib"]
     over = 0
     for gradient in map(Gradient, given.modes):
         least = dict(planned(given, checkpoint, gradient, 0).smallest)[gradient]
