@@ -93,7 +93,7 @@ lab: $(STAMP) model ## Compare gradient modes on your data: make lab DATA=alpaca
 	$(BIN)/fp-lab run fp_lab/experiments/gradients.toml --data "$(DATA)" --out .cache/lab/gradients
 
 lab-report: $(STAMP) ## Write the lab's results so far to docs/results/gradients.md
-	$(BIN)/fp-lab report .cache/lab/gradients --out docs/results/gradients.md --reference streamed-176mib
+	$(BIN)/fp-lab report .cache/lab/gradients --out docs/results/gradients.md --reference streamed-176mib --round 5 --round 12
 
 proto: $(STAMP) ## Generate common/pb from proto/
 	$(BIN)/python tests/proto_drift.py --write

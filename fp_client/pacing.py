@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from fp_client.units import Kept
 TOKENS = 1024
 """Tokens that are measured at most, but for a single row; a step's time grows with its rows."""
 ENOUGH = 0.4
-"""Seconds after which a measurement is not repeated."""
+"""Seconds after which a measurement is not repeated, once it was made twice."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,13 @@ def _random_ledger(loader: UnitLoader, spec: TrainSpec, index: int, rank: int) -
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a few runs after a first one; a single run where that takes long."""
+    """Least seconds of a few runs, at least two, after a first one that does not count: what is compiled or read for the
+    first time, or another process, makes a run longer and never shorter."""
     taken: list[float] = []
-    while sum(taken) < ENOUGH and len(taken) < 6:
+    while len(taken) < 3 or (sum(taken) < ENOUGH and len(taken) < 6):
         begin = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - begin)
-    return statistics.median(taken[1:] or taken)
+    return min(taken[1:])

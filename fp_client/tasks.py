@@ -272,11 +272,11 @@ class Tasks:
 
     def _fidelity(
         self, checkpoint: Checkpoint, assignment: Assignment, adapter: AdapterFiles, batch: data.Batch, progress: OnProgress
-    ) -> Fidelity:
-        """The assignment's gradient against the full model's on one batch, one after the other. Streamed, it is the full
-        model's itself: there is nothing to measure."""
+    ) -> Fidelity | None:
+        """The assignment's gradient against the full model's on one batch, one after the other. None for a streamed one: that
+        is what the others are compared with."""
         if assignment.spec.gradient is Gradient.STREAMED:
-            return Fidelity(1.0, (1.0,) * len(assignment.units))
+            return None
         signs = signs_of_life(progress, "fidelity")
         full, _ = self._gradient(checkpoint, assignment, Gradient.STREAMED, adapter, batch, signs)
         mine, _ = self._gradient(checkpoint, assignment, assignment.spec.gradient, adapter, batch, signs)

@@ -44,8 +44,15 @@ class RowResults:
         return [line for _, lines in self.jobs for line in lines[1:]]
 
     def timed(self) -> list[Line]:
-        """The lines whose seconds and peaks are those of a device's worker: all but the fast ones."""
-        return [line for line in self.lines() if not line.get("fast")]
+        """The lines whose seconds and peaks are those of a device's worker: not the fast ones, nor those of a round that was
+        interrupted and whose seconds are of what came after."""
+        return [line for line in self.lines() if not line.get("fast") and _whole(line)]
+
+
+def _whole(line: Line) -> bool:
+    """Whether a round's seconds hold all that its devices did."""
+    work = sum((one.get("probe_seconds") or 0.0) + (one.get("train_seconds") or 0.0) for one in line.get("devices", {}).values())
+    return bool(line["seconds"]["devices"] >= work)
 
 
 def collect(experiment: Experiment, directory: Path) -> list[RowResults]:
@@ -56,11 +63,13 @@ def collect(experiment: Experiment, directory: Path) -> list[RowResults]:
 
 
 def default_rounds(results: Sequence[RowResults]) -> list[int]:
-    """About a third of the way, two thirds, and the last round that was evaluated."""
-    last = max(
-        (line["round"] for row in results for _, lines in row.jobs for line in lines if line["loss"] is not None), default=0
-    )
-    return sorted({round(last / 3), round(2 * last / 3), last} - {0})
+    """Of the rounds that were evaluated: those nearest to a third of the way and two thirds, and the last."""
+    known = sorted({
+        line["round"] for row in results for _, lines in row.jobs for line in lines if line["loss"] is not None and line["round"]
+    })  # fmt: skip
+    if not known:
+        return []
+    return sorted({min(known, key=lambda one: abs(one - part * known[-1])) for part in (1 / 3, 2 / 3, 1)})
 
 
 def markdown(
@@ -151,7 +160,7 @@ def _costs(results: Sequence[RowResults]) -> str:
     return _table(heads, body) + (
         "\n\nDevices and aggregate: seconds of a round, one device after another. Probe, train, step and fidelity: means over "
         "devices and rounds. Peaks: the largest seen, above the warmed process. "
-        "Seconds and peaks leave out rounds run with --fast."
+        "Seconds and peaks leave out rounds that were run with --fast or interrupted."
     )
 
 

@@ -18,15 +18,17 @@ LONGEST = 1e9
 def choose_capacity(report: PlanReport, gradient: Gradient, step_seconds: float) -> Capacity | None:
     """The capacity a device trains by: the run's mode, or for AUTO the choice among those it can hold.
 
-    AUTO takes the best fidelity whose predicted step is within `step_seconds` (0: no limit), among those with at least half
-    as many units as any other within it (a submodel counts there when it is the whole model): a device plans fewer units to
-    be within the limit, and the full model's gradient for one unit is worth less than a near one for eight. When none is
-    within it, the fastest; a mode without a prediction counts as the slowest, and of equals the cheaper one is taken.
+    A fixed mode whose predicted step is longer than `step_seconds` (0: no limit) even with one unit is not taken. AUTO
+    takes the best fidelity whose predicted step is within it, among those with at least half as many units as any other
+    within it (a submodel counts there when it is the whole model): a device plans fewer units to be within the limit, and the
+    full model's gradient for one unit is worth less than a near one for eight. When none is within it, the fastest; a mode
+    without a prediction counts as the slowest, and of equals the cheaper one is taken.
     None: it can't.
     """
     held = {c.gradient: c for c in report.capacities if c.units > 0}
     if gradient is not Gradient.AUTO:
-        return held.get(gradient)
+        found = held.get(gradient)
+        return None if found is None or _late(found, step_seconds) else found
     modes = [held[mode] for mode in FIDELITY if mode in held]
     within = [c for c in modes if not step_seconds or 0 < c.step_seconds <= step_seconds]
     if within or not modes:
@@ -37,10 +39,21 @@ def choose_capacity(report: PlanReport, gradient: Gradient, step_seconds: float)
     return min(reversed(modes), key=lambda c: c.step_seconds or math.inf)
 
 
-def refusal(report: PlanReport, gradient: Gradient) -> str:
+def _late(capacity: Capacity, step_seconds: float) -> bool:
+    """Whether a device's own prediction of a step is over the run's limit."""
+    return bool(step_seconds) and capacity.step_seconds > step_seconds
+
+
+def refusal(report: PlanReport, gradient: Gradient, step_seconds: float = 0.0) -> str:
     """Why a device has no capacity in the run's mode, for a person."""
     if report.refusal:
         return report.refusal
+    late = report.capacity(gradient)
+    if late is not None and late.units > 0 and _late(late, step_seconds):
+        return (
+            f"expects {late.step_seconds:.3g} s of a {gradient.value} step even with one unit, the run allows {step_seconds:.3g} "
+            '(train.step_seconds); allow more, or use gradient = "auto"'
+        )
     if held := [c.gradient.value for c in report.capacities if c.units > 0]:
         return f'can\'t train with gradient = "{gradient}" (it can with: {", ".join(held)})'
     return "can't hold the smallest submodel"

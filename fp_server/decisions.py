@@ -76,7 +76,7 @@ def _excluded(machine: RunMachine, able: list[str]) -> dict[str, str]:
         if plan is None or device in machine.stale:
             reasons[device] = "has not answered the plan request"
         elif machine.capacity(device) is None:
-            reasons[device] = refusal(plan.report, machine.config.train.gradient)
+            reasons[device] = refusal(plan.report, machine.config.train.gradient, machine.config.train.step_seconds)
         else:
             reasons[device] = "not connected"
     return reasons

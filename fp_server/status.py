@@ -113,7 +113,8 @@ def _refusal(machine: RunMachine, device: str) -> str:
     """Why a device takes no part; empty when it can."""
     if (plan := machine.plans.get(device)) is None:
         return "has not answered yet"
-    return "" if machine.capacity(device) else refusal(plan.report, machine.config.train.gradient)
+    train = machine.config.train
+    return "" if machine.capacity(device) else refusal(plan.report, train.gradient, train.step_seconds)
 
 
 def _round(a_round: Round, commit: e.RoundCommitted | None) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _gradient_table(entry: dict[str, Any]) -> list[RenderableType]:
             continue
         expected = member.get("predicted_step_seconds")
         step = ("–" if seconds is None else f"{seconds:.2f} s") + ("" if expected is None else f" ({expected:.2f} s)")
-        said = "" if cosine is None else f"{cosine:.3f}"
+        said = ("exact" if mode == "streamed" else "") if cosine is None else f"{cosine:.3f}"
         if cosine is not None and (units := member.get("unit_fidelity")):
             said += f" (units {min(units.values()):.3f} to {max(units.values()):.3f})"
         table.add_row(plain(device), mode, step, said)

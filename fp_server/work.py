@@ -64,7 +64,7 @@ def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
     probe, report = current.members[device].probe, machine.plans[device].report
     capacity = machine.capacity(device)
     if probe is None or capacity is None:
-        why = refusal(report, machine.config.train.gradient)
+        why = refusal(report, machine.config.train.gradient, machine.config.train.step_seconds)
         raise BudgetError(f"device {device!r} said meanwhile that it can't train in this run: {why}")
     units, config = machine.units, machine.config
     if (most := config.units_by_update(machine.manifest)) is not None:

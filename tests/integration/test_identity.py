@@ -14,7 +14,7 @@ DEVICES = {"alpha": "115MB", "beta": "400MB"}
 RUNS = {
     "default": {},
     "submodel": {"train": 'gradient = "submodel"'},
-    "stitched components": {"train": 'gradient = "stitched"', "pruning": 'units = "component"'},
+    "stitched components": {"train": 'gradient = "stitched"\nfidelity = true', "pruning": 'units = "component"'},
     "streamed components": {
         "lora": 'start = "global"', "train": 'gradient = "streamed"\nfidelity = true', "pruning": 'units = "component"',
         "limits": "update_bytes = 140_000",
@@ -43,7 +43,9 @@ def undisturbed(federate: Federate, model: Path, kind: str, name: str) -> dict[s
     if kind.endswith("components"):
         assert {unit[-1] for member in members for unit in member["units"]} == {"M", "N"}
     if kind == "streamed components":
-        assert all(member["fidelity"] == pytest.approx(1.0, abs=1e-6) and len(member["units"]) == 4 for member in members)
+        assert all(member["fidelity"] is None and len(member["units"]) == 4 for member in members)
+    if kind == "stitched components":
+        assert all(0 < member["fidelity"] < 1 and len(member["unit_fidelity"]) == len(member["units"]) for member in members)
     return federation.ledger("run")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from common.checkpoint import Checkpoint
 from common.errors import ModelError
-from common.types import Gradient, Part, TrainSpec, UnitId, component_units, layer_units
+from common.types import Gradient, Part, TrainSpec, UnitId, component_units, layer_units, unit_modules
 from fp_client.anchor import Anchored
 from fp_client.families import FAMILIES, prune_component
 from fp_client.fidelity import fidelity, gradients
@@ -115,6 +115,33 @@ def test_fidelity_of_the_modes(tmp_path: Path) -> None:
     dots = sum(float((x.double() * y.double()).sum()) for x, y in zip(found[Gradient.SUBMODEL], full, strict=True))
     norms = [sum(float((x.double() ** 2).sum()) for x in one) ** 0.5 for one in (found[Gradient.SUBMODEL], full)]
     assert scores[Gradient.SUBMODEL].overall == pytest.approx(dots / norms[0] / norms[1])
+
+
+@pytest.mark.parametrize("units", [LAYER_UNITS, COMPONENT_UNITS], ids=["layers", "components"])
+def test_each_units_cosine_is_its_own(tmp_path: Path, units: tuple[UnitId, ...]) -> None:
+    """Against cosines by hand, from the names of the blocks: no two units have the same."""
+    directory, rows = tiny.make("llama", tmp_path), tiny.batch(6)
+    spec, made = spec_of(directory), {}
+    for mode in (Gradient.STITCHED, Gradient.STREAMED):
+        loader = UnitLoader(Checkpoint(directory))
+        with open_trainer(loader, units, replace(spec, gradient=mode), {}, StreamPlan(), tmp_path / "spill") as trainer:
+            found, _ = gradients(trainer, rows, 6)
+            names = [(block.layer, block.module) for block in trainer.blocks() for _ in "AB"]
+            made[mode] = found, list(zip(names, found, strict=True))
+    by_hand = []
+    for unit in units:
+        mine, full = (
+            torch.cat([
+                tensor.double().flatten()
+                for (layer, module), tensor in named
+                if layer == unit.layer and unit_modules(unit, (module,))
+            ])
+            for _, named in made.values()
+        )  # fmt: skip
+        by_hand.append(float(mine @ full / mine.norm() / full.norm()))
+    scores = fidelity(made[Gradient.STITCHED][0], made[Gradient.STREAMED][0], units, tiny.LAYERS, spec)
+    assert scores.units == pytest.approx(by_hand, abs=1e-9)
+    assert len({round(value, 6) for value in by_hand}) == len(units), "else an order could be any"
 
 
 def test_gaps() -> None:

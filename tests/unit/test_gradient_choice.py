@@ -81,9 +81,12 @@ def test_within_a_limit_few_units_do_not_win_by_their_gradient(submodel, stitche
     assert found is not None and found.gradient == STR, "without a limit memory alone decides"
 
 
-def test_a_fixed_mode_is_taken_whatever_its_time_and_no_other_stands_in_for_it():
+def test_no_other_mode_stands_in_for_a_fixed_one_and_one_over_the_limit_is_refused():
+    """A device plans fewer units to be within the limit: what is over it would be one unit, and late all the same."""
     held = modes(1, None, 9)
-    assert choose_capacity(held, STR, 2.0).step_seconds == 9 and choose_capacity(held, STI, 0) is None
+    assert choose_capacity(held, STR, 9.0).step_seconds == choose_capacity(held, STR, 0).step_seconds == 9
+    assert choose_capacity(held, STI, 0) is None and choose_capacity(held, STR, 8.9) is None
+    assert "expects 9 s of a streamed step even with one unit, the run allows 2 (train.step_seconds)" in refusal(held, STR, 2.0)
     assert choose_capacity(report(Capacity(STR, 0, 1, True, 5), Capacity(SUB, 1, 1, True, 5)), AUTO, 0).gradient is SUB
     assert choose_capacity(report(Capacity(STR, 0, 1, True, 5)), STR, 0) is None
 

@@ -290,6 +290,9 @@ def test_every_mode_and_kind_of_unit(experiment: Experiment, fleet: Fleet, tmp_p
     with closing(job(experiment, fleet, tmp_path, **changes)) as one:
         one.run(1)
     for found in read(tmp_path / "results.jsonl")[1]["devices"].values():
-        assert len(found["units"]) == (3 if units == "layer" else 6) and -1 <= found["fidelity"] <= 1.0001
+        assert len(found["units"]) == (3 if units == "layer" else 6)
         assert found["gradient"] == ("streamed" if gradient == "auto" else gradient)
-        assert found["gradient"] != "streamed" or found["fidelity"] > 0.999
+        if found["gradient"] == "streamed":
+            assert found["fidelity"] is None, "it is what others are compared with"
+        else:
+            assert 0 < found["fidelity"] < 1 and len(found["unit_fidelity"]) == len(found["units"])

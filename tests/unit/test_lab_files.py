@@ -192,6 +192,22 @@ def test_fast_rounds_count_for_losses_and_bytes_alone(tmp_path: Path) -> None:
     assert "| 2 | 4.5 | 0.2 | 1.5 | 2.0 |" in page and "| 3 MiB |" in page and "30 MiB" not in page
 
 
+def test_only_evaluated_rounds_are_columns_and_only_whole_rounds_are_timed(tmp_path: Path) -> None:
+    """Evaluated after 5, 10 and 12 rounds; the last round of `a` was interrupted, and its seconds are of what came after."""
+    experiment = load(tmp_path, "seeds = [0]\n" + SMALL)
+    every = [2.0 - 0.01 * n if n in (0, 5, 10, 12) else None for n in range(13)]
+    write_results(experiment, tmp_path / "out", {"a": [every], "b": [every[:6]]})
+    path = tmp_path / "out/jobs/a/seed-0/results.jsonl"
+    *lines, last = [json.loads(text) for text in path.read_text().splitlines()]
+    last["seconds"]["devices"] = 3.4  # less than its device's probe and training together
+    path.write_text("".join(json.dumps(line) + "\n" for line in (*lines, last)))
+    results = collect(experiment, tmp_path / "out")
+    assert default_rounds(results) == [5, 10, 12]
+    page = markdown(experiment, results, default_rounds(results), "a")
+    assert "| a | 1.950 | 1.900 | 1.880 | +0.120 | 100% |" in page and "| b | 1.950 |  |  | +0.050 (after 5) | 100% |" in page
+    assert len(results[0].lines()) == 12 and len(results[0].timed()) == 11 and "| a | 12 | 2 | 4.5 |" in page
+
+
 def test_a_directory_without_an_experiment_is_said(tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli.app, ["status", str(tmp_path)])
     assert isinstance(shown.exception, ConfigError) and "fp-lab run FILE" in str(shown.exception)

@@ -147,4 +147,6 @@ def test_what_a_device_says_of_its_gradient_is_shown_within_80_columns():
     text = shown(status_view(made), 80)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "laptop-north 1 4 5.0 MiB 305 MiB (310 MiB) 12.31 → 9.87" in lines, text
-    assert "laptop-north streamed 3.25 s (3.50 s) 0.412 (units 0.250 to 0.500)" in lines and "phone streamed –" in lines, text
+    assert "laptop-north streamed 3.25 s (3.50 s) 0.412 (units 0.250 to 0.500)" in lines and "phone streamed – exact" in lines, (
+        text
+    )
