@@ -212,8 +212,9 @@ class Job:
         """Raises ConfigError saying why nothing can be done."""
         machine = self.machine
         if machine.paused is not None:
-            last = machine.history[-1][0].members if machine.history else {}
-            said = [f"{device}: {member.dropped.message}" for device, member in sorted(last.items()) if member.dropped]
+            last = machine.history.last
+            members = sorted(last[0].members.items()) if last else []
+            said = [f"{device}: {member.dropped.message}" for device, member in members if member.dropped]
             raise ConfigError(f"run {machine.name!r} is paused: {machine.paused} ({'; '.join(said)})")
         unable = next((d for d in self.names if machine.capacity(d) is None), "")
         why = refusal(machine.plans[unable].report, machine.config.train.gradient) if unable else "no round can be opened"

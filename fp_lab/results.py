@@ -75,7 +75,7 @@ def line_of(
         "fast": fast,
         "ledger": _digest(machine),
     }
-    for a_round, commit in machine.history[::-1]:
+    for a_round, commit in reversed(list(machine.history)):
         if commit is not None and commit.key.round == committed - 1:
             line |= {
                 "learning_rate": machine.config.learning_rate(commit.key.round), "attempt": commit.key.attempt,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from common.checkpoint import manifest_from_json
 from common.errors import ConfigError
@@ -14,8 +14,12 @@ from common.transport.wire import errors_to_status
 from fp_server import operations
 from fp_server.coordinator import Coordinator
 from fp_server.identity import Authority
+from fp_server.roundstate import Entry
 from fp_server.service import Context, caller
-from fp_server.status import run_summary, status
+from fp_server.status import LAST, run_summary, status
+
+PAGE = 100
+"""Rounds read from the log for one status."""
 
 
 class Enrollment(enroll_pb2_grpc.EnrollmentServicer):
@@ -66,18 +70,26 @@ class Admin(admin_pb2_grpc.AdminServicer):
             return admin_pb2.ListRunsReply(json=json.dumps(runs))
         raise AssertionError("unreachable")
 
-    def _status(self, request: admin_pb2.StatusRequest) -> admin_pb2.Status:
+    def _status(self, request: admin_pb2.StatusRequest, older: Sequence[Entry] | None = None) -> admin_pb2.Status:
         coordinator = self._coordinator
         machine = coordinator.run(request.run) if request.run or coordinator.names else None
         connected = sorted(coordinator.sessions)
-        made = status(machine, coordinator.problem, connected, request.last_rounds, request.first_round)
+        made = status(machine, coordinator.problem, connected, request.last_rounds, request.first_round, older)
         return admin_pb2.Status(json=json.dumps(made))
+
+    async def _older(self, request: admin_pb2.StatusRequest) -> list[Entry] | None:
+        """The rounds asked for, from the log, where memory doesn't hold the first of them any more."""
+        machine = self._coordinator.run(request.run) if request.first_round and self._coordinator.names else None
+        if machine is None or request.first_round > machine.history.first:
+            return None
+        index, count = request.first_round - 1, min(request.last_rounds or LAST, PAGE, machine.history.first)
+        return await asyncio.to_thread(self._coordinator.past, machine.name, index, count)
 
     async def GetStatus(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.Status:  # noqa: N802
         """One run, now."""
         async with errors_to_status(context):
             caller(context, self._authority, "operator")
-            return self._status(request)
+            return self._status(request, await self._older(request))
         raise AssertionError("unreachable")
 
     async def WatchStatus(self, request: admin_pb2.StatusRequest, context: Context) -> AsyncIterator[admin_pb2.Status]:  # noqa: N802

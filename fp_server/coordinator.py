@@ -41,6 +41,7 @@ from fp_server.log import EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
+from fp_server.roundstate import Entry, History
 from fp_server.work import aggregate_round, choose_units, started_config
 
 logger = logging.getLogger("fp_server")
@@ -151,6 +152,17 @@ class Coordinator:
         if machine is None:
             raise NotFound(f"no run {run!r} here (`fp-server runs` lists them)")
         return machine
+
+    def past(self, run: str, index: int, count: int) -> list[Entry]:
+        """At most `count` ended rounds of a run from the 0-based `index` on, read from the log. For a thread of its own."""
+        _, started = next(self.log.replay(run))
+        assert isinstance(started, e.RunStarted)
+        machine = RunMachine(started_config(started, f"run {run}"), started.manifest, History(count))
+        for at, event in self.log.replay(run, self.log.opened(run, index)):
+            machine.handle(event, at)
+            if machine.history.total == count:
+                break
+        return list(machine.history)
 
     def run(self, name: str) -> RunMachine:
         """A run by name, or the newest for an empty one. Raises NotFound."""
@@ -312,6 +324,9 @@ class Coordinator:
                 self.note("aggregation")
                 self._bytes_down = 0
                 await self.insist(event)
+                made = {ref.digest for unit in event.units for ref in (unit.ledger, unit.broadcast)}
+                if unused := made - machine.references() - self._kept:  # the run was stopped meanwhile
+                    await self._discard(frozenset(unused), self.store.mark)
                 return
             await asyncio.sleep(delay)
             delay = min(60.0, delay * 2)

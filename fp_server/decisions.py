@@ -40,7 +40,7 @@ def decide(machine: RunMachine, now: float) -> list[Command]:
 def _open_evaluation(machine: RunMachine, able: list[str], now: float) -> list[Command]:
     """The last round's devices report the loss once more; those that are away get the progress timeout to return."""
     run, key = machine.config.run, TaskKey(machine.name, machine.next_round, machine.attempt)
-    last = next((r.opened.drawn for r, c in reversed(machine.history) if c is not None), ())
+    last = machine.history.trained
     waited = now - machine.idle_since > run.progress_timeout_seconds
     away = [d for d in last if d not in able and (d in machine.stale or d not in machine.connected)]
     if away and not waited:

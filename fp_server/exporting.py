@@ -44,5 +44,5 @@ def export_run(directory: Path, run: str, out: Path, base: str, rank: int | None
         dropped = export_peft(ledgers, machine.manifest, out, base or machine.config.model.name, rank)
     worst = max(dropped.values(), default=0.0)
     kept = "nothing dropped" if rank is None else f"at most {worst:.2%} of a module's energy dropped"
-    rounds = sum(commit is not None for _, commit in machine.history)
+    rounds = machine.history.committed
     return f"run {machine.name} after {rounds} rounds: {len(dropped)} modules in {len(ledgers)} layers written to {out} ({kept})"

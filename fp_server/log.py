@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from common.errors import StorageError
+from common.errors import NotFound, StorageError
 from fp_server.events import Event, decode, encode
 
 _SCHEMA = """
@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS events (
     body TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS events_run ON events (run, seq);
+CREATE INDEX IF NOT EXISTS events_kind ON events (run, kind, seq);
 CREATE TABLE IF NOT EXISTS tokens (
     hash TEXT PRIMARY KEY,
     name TEXT NOT NULL,
@@ -109,9 +110,20 @@ class EventLog:
             lambda c: [str(r[0]) for r in c.execute("SELECT run FROM events WHERE kind = 'RunStarted' ORDER BY seq")]
         )
 
-    def replay(self, run: str) -> Iterator[tuple[float, Event]]:
-        """(time, event) of one run, in order, a page at a time."""
-        last = 0
+    def opened(self, run: str, index: int) -> int:
+        """The sequence number of the event that opened the run's round (attempt) number `index`, from 0. Raises NotFound."""
+        row = self._database.run(
+            lambda c: c.execute(
+                "SELECT seq FROM events WHERE run = ? AND kind = 'RoundOpened' ORDER BY seq LIMIT 1 OFFSET ?", (run, index)
+            ).fetchone()
+        )
+        if row is None:
+            raise NotFound(f"run {run!r} has opened no round number {index + 1} (attempts counted)")
+        return int(row[0])
+
+    def replay(self, run: str, first: int = 0) -> Iterator[tuple[float, Event]]:
+        """(time, event) of one run, in order, a page at a time, from the sequence number `first` on."""
+        last = first - 1
         while True:
             page = self._database.run(
                 lambda c, last=last: c.execute(  # type: ignore[misc]

@@ -44,14 +44,14 @@ from fp_server.commands import (
 )
 from fp_server.config import RunConfig
 from fp_server.decisions import decide
-from fp_server.roundstate import PHASES, Member, Phase, Round, Stage
+from fp_server.roundstate import PHASES, History, Member, Phase, Round, Stage
 from fp_server.seeding import rng_for
 
 
 class RunMachine:
     """One run. `handle` is the only thing that changes it."""
 
-    def __init__(self, config: RunConfig, manifest: ModelManifest) -> None:
+    def __init__(self, config: RunConfig, manifest: ModelManifest, history: History | None = None) -> None:
         self.config, self.manifest = config, manifest
         self.name = config.run.name
         self.spec = config.run_spec(manifest)
@@ -68,7 +68,7 @@ class RunMachine:
         """Failed attempts at the next round since the run was last resumed; `attempt` only ever grows within a round."""
         self.idle_since = 0.0
         self.current: Round | None = None
-        self.history: list[tuple[Round, e.RoundCommitted | None]] = []
+        self.history = History() if history is None else history
         self.paused: str | None = None
         self.ended: e.RunEnded | None = None
 
@@ -140,9 +140,9 @@ class RunMachine:
         return False
 
     def _known(self, device: str, key: TaskKey) -> Member | None:
-        rounds = [r for r, _ in self.history[-1:]] + ([self.current] if self.current else [])
-        for a_round in rounds:
-            if a_round.opened.key == key:
+        last = self.history.last
+        for a_round in (last[0] if last else None, self.current):
+            if a_round is not None and a_round.opened.key == key:
                 return a_round.members.get(device)
         return None
 
@@ -234,7 +234,7 @@ class RunMachine:
         if event.aggregate and not self.current.opened.evaluate:
             out.append(Aggregate(event.key))
             return
-        self.history.append((self.current, None))
+        self.history.append(self.current, None)
         if self.current.opened.evaluate:
             self.next_round += 1
         else:
@@ -245,7 +245,7 @@ class RunMachine:
         assert self.current is not None
         for unit in event.units:
             self.ledger[unit.layer], self.broadcast[unit.layer] = unit.ledger, unit.broadcast
-        self.history.append((self.current, event))
+        self.history.append(self.current, event)
         self.current, self.idle_since = None, now
         self.next_round, self.attempt, self.failures = self.next_round + 1, 0, 0
 
@@ -254,7 +254,7 @@ class RunMachine:
             for device, member in self.current.members.items():
                 if not member.settled:
                     self._cancel(device, self.current.opened.key, f"the run {event.outcome}", out)
-            self.history.append((self.current, None))
+            self.history.append(self.current, None)
             self.current = None
         self.ended = event
         out.extend(SendEnded(device, self.name, event.outcome) for device in sorted(self.connected))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -62,3 +64,61 @@ class Round:
     opened_at: float
     members: dict[str, Member] = field(default_factory=dict)
     closed: e.RoundClosed | None = None
+
+
+KEPT = 20
+"""Ended rounds a run keeps in memory: a server runs for months, and the log has them all."""
+
+Entry = tuple[Round, e.RoundCommitted | None]
+"""A round (an attempt at it) that is over, and what it became: None when nothing was aggregated."""
+
+
+class History:
+    """A run's ended rounds: the last `kept` of them whole, of all the others what later rounds and the loss curve need."""
+
+    def __init__(self, kept: int = KEPT) -> None:
+        self._last: deque[Entry] = deque(maxlen=kept)
+        self._losses: dict[int, tuple[float, int]] = {}
+        self.total = 0
+        """Rounds and attempts that have ended."""
+        self.committed = 0
+        self.trained: tuple[str, ...] = ()
+        """The devices drawn for the last committed round."""
+
+    def append(self, a_round: Round, commit: e.RoundCommitted | None) -> None:
+        """A round is over."""
+        self._last.append((a_round, commit))
+        self.total += 1
+        add_losses(self._losses, a_round)
+        if commit is not None:
+            self.committed, self.trained = self.committed + 1, a_round.opened.drawn
+
+    def __iter__(self) -> Iterator[Entry]:
+        """The rounds that are kept whole, oldest first."""
+        return iter(self._last)
+
+    @property
+    def first(self) -> int:
+        """The 0-based index, among all, of the first that is kept whole."""
+        return self.total - len(self._last)
+
+    @property
+    def last(self) -> Entry | None:
+        """The newest, or None when there is none yet."""
+        return self._last[-1] if self._last else None
+
+    def since(self, index: int, count: int) -> list[Entry]:
+        """At most `count` rounds from the 0-based `index` on, which must be at least `first`."""
+        return list(self._last)[index - self.first :][:count]
+
+    def losses(self) -> dict[int, tuple[float, int]]:
+        """Completed rounds -> (sum of the devices' held-out losses by token, tokens)."""
+        return dict(self._losses)
+
+
+def add_losses(losses: dict[int, tuple[float, int]], a_round: Round) -> None:
+    """Add what a round's devices have measured of the full model's loss."""
+    for member in a_round.members.values():
+        if member.probe is not None and member.probe.tokens > 0:
+            total, tokens = losses.get(a_round.opened.key.round, (0.0, 0))
+            losses[a_round.opened.key.round] = (total + member.probe.loss * member.probe.tokens, tokens + member.probe.tokens)

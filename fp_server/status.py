@@ -6,13 +6,14 @@ Rounds and layers are 1-based here: this is what a person reads.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from common.types import UnitId
 from fp_server import events as e
 from fp_server.capacity import refusal
 from fp_server.rounds import RunMachine
-from fp_server.roundstate import Member, Round
+from fp_server.roundstate import Entry, History, Member, Round, add_losses
 
 LAST = 10
 """Entries of the history a status has when nobody asks for more."""
@@ -32,7 +33,7 @@ def _summary(machine: RunMachine, curve: list[tuple[int, float]]) -> dict[str, A
         "state": machine.phase.value,
         "method": machine.config.run.method,
         "model": machine.config.model.name,
-        "rounds_done": sum(commit is not None for _, commit in machine.history),
+        "rounds_done": machine.history.committed,
         "rounds": machine.config.run.rounds,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
@@ -44,24 +45,26 @@ def loss_curve(machine: RunMachine) -> list[tuple[int, float]]:
 
     A round counts once every drawn device has reported or dropped out: a mean over whoever came first would mislead.
     """
-    curve: dict[int, tuple[float, int]] = {}
-    rounds = [r for r, _ in machine.history]
+    curve = machine.history.losses()
     if machine.current is not None and all(m.probe is not None or m.settled for m in machine.current.members.values()):
-        rounds.append(machine.current)
-    for a_round in rounds:
-        for member in a_round.members.values():
-            if member.probe is not None and member.probe.tokens > 0:
-                total, tokens = curve.get(a_round.opened.key.round, (0.0, 0))
-                curve[a_round.opened.key.round] = (total + member.probe.loss * member.probe.tokens, tokens + member.probe.tokens)
+        add_losses(curve, machine.current)
     return [(index, total / tokens) for index, (total, tokens) in sorted(curve.items())]
 
 
-def status(machine: RunMachine | None, problem: str, connected: list[str], last: int = LAST, first: int = 0) -> dict[str, Any]:
-    """Everything ``fp-server status`` shows: the `last` entries of the history, or that many from the 1-based `first` on."""
+def status(
+    machine: RunMachine | None,
+    problem: str,
+    connected: list[str],
+    last: int = LAST,
+    first: int = 0,
+    older: Sequence[Entry] | None = None,
+) -> dict[str, Any]:
+    """Everything ``fp-server status`` shows: of the history the `last` entries that are kept whole, or that many from the
+    1-based `first` on. `older`: the entries from `first` on, where the machine doesn't keep them any more."""
     if machine is None:
         return {"run": None, "state": "idle", "connected": connected, "problem": problem}
     current, curve = machine.current, loss_curve(machine)
-    begin, history = _history(machine, last or LAST, first)
+    begin, history = _history(machine.history, last or LAST, first, older)
     return {
         **_summary(machine, curve),
         "paused": machine.paused,
@@ -71,7 +74,7 @@ def status(machine: RunMachine | None, problem: str, connected: list[str], last:
         "current": None if current is None else _round(current, None),
         "history": history,
         "history_first": begin + 1,
-        "history_total": len(machine.history),
+        "history_total": machine.history.total,
         "loss": [{"rounds_done": done, "loss": loss} for done, loss in curve],
         "start": machine.config.lora.start.value,
         "gradient": machine.config.train.gradient.value,
@@ -80,10 +83,10 @@ def status(machine: RunMachine | None, problem: str, connected: list[str], last:
     }
 
 
-def _history(machine: RunMachine, last: int, first: int) -> tuple[int, list[dict[str, Any]]]:
+def _history(history: History, last: int, first: int, older: Sequence[Entry] | None) -> tuple[int, list[dict[str, Any]]]:
     """(0-based index of the first entry, entries): as many of those asked for as `HISTORY_BYTES` holds."""
-    begin = min(first - 1, len(machine.history)) if first else max(0, len(machine.history) - last)
-    asked = machine.history[begin : begin + last]
+    begin = min(first - 1, history.total) if first else max(history.first, history.total - last)
+    asked = history.since(begin, last) if older is None else older[:last]
     made: list[dict[str, Any]] = []
     left = HISTORY_BYTES
     for a_round, commit in asked if first else reversed(asked):
@@ -92,7 +95,7 @@ def _history(machine: RunMachine, last: int, first: int) -> tuple[int, list[dict
         if left < 0 and made:
             break
         made.append(entry)
-    return (begin, made) if first else (len(machine.history) - len(made), made[::-1])
+    return (begin, made) if first else (history.total - len(made), made[::-1])
 
 
 def _device(machine: RunMachine, device: str) -> dict[str, Any]:

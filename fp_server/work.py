@@ -108,7 +108,7 @@ def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, byte
         held_back += [h.unit for h in touched if h not in used]
         if not used:
             continue
-        contributions = _contributions(machine, store, used)
+        contributions = _contributions(machine, current, store, used)
         ledger, broadcast = machine.ledger.get(layer), machine.broadcast.get(layer)
         scratch = _Scratch(store)
         try:
@@ -155,10 +155,11 @@ def _holders(current: Round) -> dict[int, list[e.UnitHolders]]:
     return layers
 
 
-def _contributions(machine: RunMachine, store: ObjectStore, units: Sequence[e.UnitHolders]) -> dict[str, list[Contribution]]:
+def _contributions(
+    machine: RunMachine, current: Round, store: ObjectStore, units: Sequence[e.UnitHolders]
+) -> dict[str, list[Contribution]]:
     """Module -> what its unit's holders add to it, weighted among themselves."""
-    current, config = machine.current, machine.config
-    assert current is not None
+    config = machine.config
     targets, scale = config.targets(machine.manifest), config.lora.alpha / config.lora.rank
     out: dict[str, list[Contribution]] = {}
     for unit in units:

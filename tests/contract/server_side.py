@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,17 +131,24 @@ class Server:
 
     def identity(self, name: str, role: str = "device", days: float = 1.0) -> Path:
         """A directory with a certificate the server's own CA made, through a token."""
+        return self.identities([name], role, days)[0]
+
+    def identities(self, names: Sequence[str], role: str = "device", days: float = 1.0) -> list[Path]:
+        """The same for many names."""
         database = Database(self.directory / "log.sqlite")
         try:
             authority = Authority(self.directory, database)
-            key = tls.new_key()
 
-            async def join() -> str:
+            async def join(name: str) -> Path:
+                key = tls.new_key()
                 token = await authority.create_token(name, role, 60, "localhost:1", "localhost:2")
-                return (await authority.enroll(token.secret, tls.make_csr(key, "ignored"), days))[0]
+                pem, _, _ = await authority.enroll(token.secret, tls.make_csr(key, "ignored"), days)
+                return write_identity(self.devices / name, authority.ca_pem, pem, key)
 
-            pem = asyncio.run(join())
-            return write_identity(self.devices / name, authority.ca_pem, pem, key)
+            async def join_all() -> list[Path]:
+                return [await join(name) for name in names]
+
+            return asyncio.run(join_all())
         finally:
             database.close()
 

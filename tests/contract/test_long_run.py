@@ -11,10 +11,16 @@ import pytest
 from server_side import MANIFEST, Server, plan_report, run_toml
 from test_server_cli import cli
 
+from common.errors import NotFound
 from common.types import ObjectRef, TaskKey, UnitId, UpdateMetrics
 from fp_server import events as e
-from fp_server.log import Database
+from fp_server.config import ServerConfig
+from fp_server.coordinator import Coordinator
+from fp_server.log import Database, EventLog
+from fp_server.objects import ObjectStore
 from fp_server.operator import Operator
+from fp_server.rounds import RunMachine
+from fp_server.roundstate import KEPT, History
 
 ROUNDS, NAMES = 300, tuple(f"device-{i:02}" for i in range(20))
 RUN = "toy-run"
@@ -73,3 +79,32 @@ def test_all_of_it_comes_in_pages(server):
     assert [entry["round"] for entry in said["history"]] == list(range(51, 301))
     assert "290 earlier rounds" in cli("status", "--dir", server.directory)
     assert "--rounds" in cli("status", "--dir", server.directory, "--rounds", "few", code=2)
+
+
+def entries(found):
+    def member(m):
+        return m.stage, m.assigned, m.accepted, m.dropped, m.probe and (m.probe.loss, m.probe.tokens)
+
+    return [(r.opened, r.closed, {name: member(m) for name, m in r.members.items()}, commit) for r, commit in found]
+
+
+def test_what_the_server_keeps_of_it_does_not_grow_with_its_rounds(server):
+    """Ended rounds are read back from the log, and are the very rounds that a fold with room for all of them has."""
+    database = Database(server.directory / "log.sqlite")
+    try:
+        coordinator = Coordinator(ServerConfig(names=["localhost"]), EventLog(database), ObjectStore(server.directory))
+        machine = coordinator.fold(RUN)
+        assert (len(list(machine.history)), machine.history.first, machine.history.total) == (KEPT, ROUNDS - KEPT, ROUNDS)
+        whole = RunMachine(machine.config, machine.manifest, History(ROUNDS))
+        for at, event in coordinator.log.replay(RUN):
+            whole.handle(event, at)
+        rounds = entries(whole.history)
+        assert len(rounds) == ROUNDS and machine.history.losses() == whole.history.losses()
+        assert entries(machine.history) == rounds[-KEPT:]
+        assert entries(coordinator.past(RUN, 0, 3)) == rounds[:3]
+        assert entries(coordinator.past(RUN, 117, 100)) == rounds[117:217]
+        assert entries(coordinator.past(RUN, ROUNDS - 1, 100)) == rounds[-1:]
+        with pytest.raises(NotFound, match="no round number 301"):
+            coordinator.past(RUN, ROUNDS, 1)
+    finally:
+        database.close()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 
+import numpy as np
 import pytest
 from test_rounds import MANIFEST, plan, probed, toml
 
 from common.errors import StorageError
+from common.tensorfile import write_tensors
 from common.types import PlanReport, UpdateMetrics
 from fp_server import commands as c
 from fp_server import events as e
+from fp_server import work
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator, Session
 from fp_server.log import Database, EventLog
@@ -19,6 +23,7 @@ from fp_server.objects import ObjectStore
 from fp_server.operations import start_run
 from fp_server.reports import plan_reported
 from fp_server.service import Bucket
+from fp_server.validation import expected_shapes
 
 
 @pytest.fixture
@@ -208,6 +213,46 @@ def test_objects_nothing_refers_to_are_removed_and_a_crash_before_it_is_made_goo
 
     asyncio.run(second())
     assert stored() == wanted and not list((tmp_path / "partial" / "a").iterdir())
+
+
+def test_a_run_stopped_while_it_is_aggregated_leaves_nothing_behind(tmp_path, database, monkeypatch):
+    """Stopped between the first layer and the second: the stacking goes on undisturbed, and what it made goes."""
+    store, begun, stopped = ObjectStore(tmp_path), threading.Event(), threading.Event()
+    aggregate = work.aggregate_layer
+
+    def slow(*args, **kwargs):
+        begun.set()
+        assert stopped.wait(10)
+        return aggregate(*args, **kwargs)
+
+    monkeypatch.setattr(work, "aggregate_layer", slow)
+
+    async def body(coordinator):
+        coordinator.store = store
+        for device in "ab":
+            await coordinator.connect(Session(device))
+            await plan_reported(coordinator, device, report())
+        machine, key = coordinator.active, coordinator.active.current.opened.key
+        for device in "ab":
+            await coordinator.post(probed(key, device))
+            async with asyncio.timeout(10):
+                while machine.current.members[device].assigned is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        for device in "ab":
+            path = store.scratch / device
+            shapes = expected_shapes(machine.assignment(device, key), MANIFEST)
+            write_tensors(path, {name: np.full(shape, 1.0 + ord(device), np.float32) for name, shape in shapes.items()})
+            await coordinator.post(e.UpdateAccepted("r", key, device, store.adopt(path), UpdateMetrics()))
+        assert await asyncio.to_thread(begun.wait, 10)
+        await coordinator.post(e.RunEnded("r", "stopped", "by hand"))
+        stopped.set()
+        async with asyncio.timeout(10):
+            while len(coordinator._tasks) > 1:  # the clock's goes on  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert machine.ended is not None and machine.ledger == {} and coordinator.problem == ""
+
+    with_coordinator(tmp_path, database, body)
+    assert not list((tmp_path / "objects").glob("??/*")) and not list(store.scratch.iterdir())
 
 
 def test_an_object_that_was_adopted_again_is_not_removed(tmp_path):
