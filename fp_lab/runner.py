@@ -141,9 +141,8 @@ def run_jobs(
 
     directory.mkdir(parents=True, exist_ok=True)
     check_partition(directory, experiment.data, experiment.window)
-    for job in jobs:
-        if len(job.lines()) > job.rounds:
-            check_ended(experiment, job.row, job.seed, job.directory)
+    for ended in (place for place in jobs if len(place.lines()) > place.rounds):
+        check_ended(experiment, ended.row, ended.seed, ended.directory)
     open_jobs = [job for job in jobs if len(job.lines()) <= min(job.rounds, job.rounds if rounds is None else rounds)]
     if not open_jobs:
         watch.say("every job is done")
