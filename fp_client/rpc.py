@@ -176,10 +176,11 @@ class Connection:
         """Raises IdentityError when certificate or key are missing, damaged or expired."""
         self.directory, self.address = directory, address
         self.backoff = backoff or wire.Backoff()
-        # gRPC's own reconnect backoff grows to two minutes and would hide a server that is back.
+        # gRPC's own reconnect backoff grows to two minutes and would hide a server that is back; so would its half a minute
+        # between two look-ups of the name, when a container comes back at another address.
         options = wire.options(
             wire.CHANNEL_OPTIONS, initial_reconnect_backoff_ms=200, min_reconnect_backoff_ms=2000, max_reconnect_backoff_ms=2000,
-            use_local_subchannel_pool=1,
+            use_local_subchannel_pool=1, dns_min_time_between_resolutions_ms=2000,
         )  # fmt: skip
         self.channel = grpc.aio.secure_channel(address, tls.client_credentials(directory), options)
         self._refusals = 0
