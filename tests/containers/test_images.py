@@ -32,6 +32,8 @@ CONTENTS = re.compile(
     rb"|fp1\.[A-Za-z0-9_=-]{60}"  # a join token
     rb"|(?m:^\s*(?:extra-)?index-url\s*=\s*https?://[^/\s:@]+:[^/\s@]+@)"  # an index with a password
 )
+MENTIONS = (b"PRIVATE KEY", b"fp1.", b"index-url")
+"""No content matches without one of them, and they are found far faster."""
 SETTINGS = re.compile(r"TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIAL", re.IGNORECASE)
 
 
@@ -47,7 +49,8 @@ def findings(layers: Iterator[tuple[str, IO[bytes]]]) -> list[str]:
                 if member.isfile() and member.size <= TEXT:
                     content = files.extractfile(member)
                     assert content is not None
-                    if (bad := CONTENTS.search(content.read())) is not None:
+                    data = content.read()
+                    if any(word in data for word in MENTIONS) and (bad := CONTENTS.search(data)) is not None:
                         found.append(f"{layer}: {name} holds {bad[0][:24]!r}…")
     return found
 

@@ -50,13 +50,20 @@ def test_join_then_run_until_sigterm(tmp_path):
             async with asyncio.timeout(30):
                 while not server.sessions.opened:  # noqa: ASYNC110  # the other side is a process
                     await asyncio.sleep(0.02)
-            code, _, err = await call("run", "--dir", tmp_path)
+            code, out, err = await call("run", "--dir", tmp_path)
             assert code == 12 and "another fp-client runs on this directory" in err
+            async with asyncio.timeout(60):
+                while f"connected to {server.address} as 'alice' for " not in out:  # written within a second
+                    code, out, err = await call("health", "--dir", tmp_path)
+                    assert code == 0, err
             process.send_signal(signal.SIGTERM)
             out, err = await asyncio.wait_for(process.communicate(), 30)
             assert process.returncode == 0 and out == b""
             lines = [json.loads(line) for line in err.decode().splitlines()]
             assert any("connected as 'alice'" in line["message"] for line in lines) and lines[-1]["message"] == "stopped"
+            assert any("a finished update is kept for the next start" in line["message"] for line in lines)
+            code, _, err = await call("health", "--dir", tmp_path)
+            assert code == 7 and "no daemon runs here; start it with `fp-client run --dir" in err
 
     asyncio.run(main())
 
@@ -272,3 +279,10 @@ def test_the_command_line_and_the_daemon_do_not_import_torch():
         return process.returncode, err.decode()
 
     assert asyncio.run(main()) == (0, "")
+
+
+def test_a_manifest_can_be_printed_where_no_file_can_be_written(tmp_path, run):
+    model = device.model(tmp_path)
+    code, out, _ = run("manifest", model, "--name", "tiny", "-o", "-")
+    assert code == 0 and run("manifest", model, "--name", "tiny", "-o", tmp_path / "tiny.json")[0] == 0
+    assert json.loads(out) == json.loads((tmp_path / "tiny.json").read_text()) and json.loads(out)["name"] == "tiny"
