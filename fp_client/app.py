@@ -110,6 +110,8 @@ async def serve(directory: Path) -> None:
     try:
         await running
     except asyncio.CancelledError:
+        if not stopping:
+            raise
         log.info("stopped")
     finally:
         telling.cancel()

@@ -103,21 +103,20 @@ class Fleet:
         lines |= {f"FP_{name.upper()}": f"./{name}" for name in ("devices", "runs", "data")}
         (self.root / ".env").write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
 
-    def run_file(self, name: str, manifest: Path, **sections: str) -> str:
-        """A run file; `sections` are TOML lines by section, added to small defaults. Returns its path in the container."""
-        base = {
+    def run_file(self, name: str, manifest: Path, steps: int, window: int = 224) -> str:
+        """A run file of two rounds of so many steps of 4 rows of `window` tokens. Returns its path in the container."""
+        sections = {
             "run": f'name = "{name}"\nrounds = 2\nmin_devices = {len(self.devices)}\ndevices_per_round = 1.0\n'
             "progress_timeout_seconds = 180.0\n",
             "model": f'name = "{self.model}"\nmanifest = "{manifest.name}"\n',
             "lora": "rank = 4\nalpha = 8.0\n",
-            "train": "batch_size = 4\nsequence_length = 224\nlearning_rate = 1e-3\nfinal_learning_rate = 1e-4\n",
+            "train": f"steps = {steps}\nbatch_size = 4\nsequence_length = {window}\n"
+            "learning_rate = 1e-3\nfinal_learning_rate = 1e-4\n",
             "probe": "positions = 64\nbatch_size = 4\n",
         }
-        for section, lines in sections.items():
-            base[section] = base.get(section, "") + lines + "\n"
         if manifest.parent != self.root / "runs":
             shutil.copy(manifest, self.root / "runs")
-        (self.root / "runs" / f"{name}.toml").write_text("\n".join(f"[{part}]\n{lines}" for part, lines in base.items()))
+        (self.root / "runs" / f"{name}.toml").write_text("\n".join(f"[{part}]\n{lines}" for part, lines in sections.items()))
         return f"/runs/{name}.toml"
 
     # -- what a person types ---------------------------------------------------------------------

@@ -29,7 +29,7 @@ def test_a_run_to_the_end(fleets: Callable[..., Fleet], tiny_manifest: Path) -> 
     fleet.up()
     manifest = fleet.compose("run", "--rm", "-T", "device-1", "manifest", "/models/tiny", "-o", "-")
     assert json.loads(manifest[manifest.index("{") :]) == json.loads(tiny_manifest.read_text()), "made where the weights are"
-    fleet.start(fleet.run_file("run", tiny_manifest, train="steps = 5"))
+    fleet.start(fleet.run_file("run", tiny_manifest, steps=5))
     status = fleet.wait_state("run")
     for service in ("server", *BUDGETS):
         fleet.wait_health(service, seconds=90)

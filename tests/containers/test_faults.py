@@ -13,7 +13,8 @@ from tests.containers.fleet import Fleet, docker
 
 GRACE = 8.0
 """Seconds: the default of server.toml and client.toml."""
-UNDISTURBED = {"train": "steps = 60"}
+STEPS = 60
+"""Of a round: some seconds of training on an idle machine, in which a fault can happen."""
 
 
 class Pair:
@@ -26,7 +27,7 @@ class Pair:
         for device in fleet.devices:
             fleet.join(device)
         fleet.up()
-        fleet.start(fleet.run_file("calm", manifest, **UNDISTURBED))
+        fleet.start(fleet.run_file("calm", manifest, STEPS))
         fleet.wait_state("calm")
         self.calm = fleet.ledger("calm")
         assert self.calm
@@ -34,7 +35,7 @@ class Pair:
     def begin(self, run: str) -> None:
         """Start a run; returns in the middle of device-1's training."""
         self.since = time.time()
-        self.fleet.start(self.fleet.run_file(run, self.manifest, **UNDISTURBED))
+        self.fleet.start(self.fleet.run_file(run, self.manifest, STEPS))
         self.fleet.wait_stage(run, "device-1", "training")
 
     def log(self, service: str) -> str:

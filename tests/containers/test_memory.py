@@ -16,15 +16,15 @@ from tests.containers.fleet import Fleet
 BUDGETS = {"device-1": "130MiB", "device-2": "300MiB", "device-3": "130MiB"}
 LIE = "700MiB"
 """What device-3 says it may use, in a container that was sized for 130 MiB."""
-WINDOW = {"batch": 4, "sequence": 128}
+WINDOW = 128
+"""Tokens a row, of 4 rows a batch."""
 
 pytestmark = pytest.mark.weights
 
 
 def planned(fleet: Fleet, device: str) -> dict[str, int]:
     """`fp-client plan` in the device's own container, measured there: the container limit, and the parts of it."""
-    options = [word for name, value in WINDOW.items() for word in (f"--{name}", value)]
-    printed = fleet.compose("run", "--rm", "-T", device, "plan", "--json", *options, timeout=600)
+    printed = fleet.compose("run", "--rm", "-T", device, "plan", "--json", "--batch", 4, "--sequence", WINDOW, timeout=600)
     plan = json.loads(printed[printed.index("{") :])
     return {"limit": plan["container_limit"], "budget": plan["budget"], **plan["idle"]}
 
@@ -37,11 +37,11 @@ def test_the_planned_limit_holds_and_a_lie_fails_alone(fleets: Callable[..., Fle
     for device in BUDGETS:
         fleet.join(device)
         plans[device] = planned(fleet, device)
+        print(device, plans[device])
     fleet.write_environment(**{device: plan["limit"] for device, plan in plans.items()})
     fleet.configure("device-3", LIE)
     fleet.up()
-    train = f"steps = 2\nbatch_size = {WINDOW['batch']}\nsequence_length = {WINDOW['sequence']}\n"
-    fleet.start(fleet.run_file("run", real_manifest, run="", train=train, lora=""))
+    fleet.start(fleet.run_file("run", real_manifest, steps=2, window=WINDOW))
     with fleet.held("device-1") as first, fleet.held("device-2") as second, fleet.held("device-3") as third:
         status = fleet.wait_state("run", seconds=1200)
         held = {"device-1": first(), "device-2": second(), "device-3": third()}
