@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def test_a_run_to_the_end(fleets: Callable[..., Fleet], tiny_manifest: Path) -> 
         assert f"joined server:7443 as device '{device}'" in fleet.join(device)
     fleet.up()
     manifest = fleet.compose("run", "--rm", "-T", "device-1", "manifest", "/models/tiny", "-o", "-")
-    assert json.loads(manifest[manifest.index("{") :]) == json.loads(tiny_manifest.read_text()), "made where the weights are"
+    assert json.loads(manifest) == json.loads(tiny_manifest.read_text()), "made where the weights are, and nothing else printed"
     fleet.start(fleet.run_file("run", tiny_manifest, steps=5))
     status = fleet.wait_state("run")
     for service in ("server", *BUDGETS):
@@ -40,10 +39,7 @@ def test_a_run_to_the_end(fleets: Callable[..., Fleet], tiny_manifest: Path) -> 
     for device, limit in limits.items():
         found = fleet.memory(device)
         assert found["limit"] == limit - limit % 4096 and found["swap_limit"] == 0 and found["kills"] == 0, found
-        assert (
-            f"can take part: {status['devices'][device]['gradient']}" in fleet.log(device) or status["devices"][device]["units"]
-        )
-    assert "run has finished" in fleet.log("server") or "finished" in fleet.log("server")
+        assert "run run: can take part: submodel" in fleet.log(device) and "run run: finished" in fleet.log(device)
     assert "connected to server:7443 as 'device-1'" in fleet.inside("device-1", "fp-client", "health")
     everything_stops_in_time(fleet)
 
@@ -58,11 +54,8 @@ def hardened(fleet: Fleet, service: str) -> None:
 
 
 def everything_stops_in_time(fleet: Fleet) -> None:
-    """SIGTERM: exit code 0, well before the container would be killed."""
-    begin = time.monotonic()
+    """SIGTERM: exit code 0. After `stop_grace_period` they would have been killed: 137."""
     fleet.compose("stop")
-    took = time.monotonic() - begin
-    assert took < 60, took
     for service in ("server", *fleet.devices):
         state = fleet.inspect(service)["State"]
         assert (state["ExitCode"], state["OOMKilled"]) == (0, False), (service, state, fleet.log(service)[-2000:])

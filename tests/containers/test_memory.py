@@ -13,9 +13,8 @@ import pytest
 
 from tests.containers.fleet import Fleet
 
-BUDGETS = {"device-1": "130MiB", "device-2": "300MiB", "device-3": "130MiB"}
-LIE = "700MiB"
-"""What device-3 says it may use, in a container that was sized for 130 MiB."""
+BUDGETS = {"device-1": "130MiB", "device-2": "300MiB", "device-3": "700MiB"}
+"""device-3 lies: it gets device-1's limit."""
 WINDOW = 128
 """Tokens a row, of 4 rows a batch."""
 
@@ -33,13 +32,12 @@ def test_the_planned_limit_holds_and_a_lie_fails_alone(fleets: Callable[..., Fle
     fleet = fleets("memory", real_manifest, BUDGETS, data_rows=40)
     fleet.write_environment(**dict.fromkeys(BUDGETS, 2 << 30))  # to plan in; the limits come from the plans
     fleet.start_server()
-    plans = {}
     for device in BUDGETS:
         fleet.join(device)
-        plans[device] = planned(fleet, device)
-        print(device, plans[device])
+    honest = ["device-1", "device-2"]
+    plans = {device: planned(fleet, device) for device in honest}
+    plans["device-3"] = plans["device-1"]
     fleet.write_environment(**{device: plan["limit"] for device, plan in plans.items()})
-    fleet.configure("device-3", LIE)
     fleet.up()
     fleet.start(fleet.run_file("run", real_manifest, steps=2, window=WINDOW))
     with fleet.held("device-1") as first, fleet.held("device-2") as second, fleet.held("device-3") as third:
@@ -52,7 +50,6 @@ def test_the_planned_limit_holds_and_a_lie_fails_alone(fleets: Callable[..., Fle
         assert fleet.inspect(device)["RestartCount"] == 0, "the daemon has lived through it all"
         assert (found["kills"] > 0) == (device == "device-3"), (device, found, held)
         assert fleet.inspect(device)["State"]["OOMKilled"] is False or device == "device-3"
-    honest = ["device-1", "device-2"]
     rounds = [entry for entry in status["history"] if entry["committed"]]
     assert len(rounds) == status["rounds"] == 2 and all(sorted(entry["weights"]) == honest for entry in rounds)
     lied = rounds[0]["devices"]["device-3"]
