@@ -205,7 +205,7 @@ class Fleet:
         tails = "\n".join(f"--- {name}\n" + "\n".join(self.log(name).splitlines()[-25:]) for name in ("server", *self.devices))
         raise AssertionError(f"not within {seconds} s: {what} {seen}\n{tails}")
 
-    def wait_state(self, run: str, state: str = "finished", seconds: float = 300) -> dict[str, Any]:
+    def wait_state(self, run: str, state: str = "finished", seconds: float = 600) -> dict[str, Any]:
         """Wait for the run's state; returns its status."""
         self.wait(lambda: self.status(run)["state"] == state, seconds, f"run {run} is {state}")
         return self.status(run)

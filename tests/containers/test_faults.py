@@ -13,7 +13,7 @@ from tests.containers.fleet import Fleet, docker
 
 GRACE = 8.0
 """Seconds: the default of server.toml and client.toml."""
-STEPS = 120
+STEPS = 60
 """Of a round: some seconds of training on an idle machine, in which a fault can happen."""
 
 
