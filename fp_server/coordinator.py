@@ -127,8 +127,8 @@ class Coordinator:
             logger.info("%d objects that nothing refers to were removed", removed)
 
     async def _discard(self, digests: frozenset[str], mark: int) -> None:
-        try:
-            await asyncio.to_thread(self.store.discard, digests, mark)
+        try:  # in the thread that aggregates: what is being read stays until that is over
+            await asyncio.get_running_loop().run_in_executor(self._heavy, self.store.discard, digests, mark)
         except OSError as error:  # they stay until the next start
             logger.warning("objects that are no longer needed can't be removed: %s", error)
 
