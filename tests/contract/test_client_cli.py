@@ -132,11 +132,13 @@ class Printed:
         from fp_client import cli
 
         before, sys.argv = sys.argv, ["fp-client", *map(str, arguments)]
+        handler = signal.getsignal(signal.SIGTERM)  # `run` takes it over
         try:
             with pytest.raises(SystemExit) as ended:
                 cli.main()
         finally:
             sys.argv = before
+            signal.signal(signal.SIGTERM, handler)
         seen = self.capsys.readouterr()
         return ended.value.code or 0, seen.out, seen.err
 
