@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install model demo test check unit contract integration server-alone gpu bench bench-server bench-probe bench-planner bench-7b bench-quarter bench-groups lab lab-report proto format clean
+.PHONY: help install model demo test check unit contract integration server-alone engine wheelhouse images test-containers audit gpu bench bench-server bench-probe bench-planner bench-7b bench-quarter bench-groups lab lab-report proto format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -59,6 +59,26 @@ server-alone: ## Install the server alone into a bare environment: no torch come
 	cd .cache && { server-venv/bin/fp-server run --dir server-alone & server=$$!; } && \
 	  for i in {1..100}; do test -f server-alone/endpoint.json && break; sleep 0.1; done; \
 	  server-venv/bin/fp-server status --dir server-alone; answered=$$?; kill -TERM $$server; wait $$server && test $$answered = 0
+
+engine: # A Docker engine and compose, or what is missing
+	@docker info >/dev/null 2>&1 || { echo "error: no Docker engine answers (try \`docker info\`): install and start one, on Debian with apt-get install docker.io docker-compose, and be allowed to use it" >&2; exit 1; }
+	@docker compose version >/dev/null 2>&1 || docker-compose version >/dev/null 2>&1 || { echo "error: neither \`docker compose\` nor docker-compose is installed (Debian: apt-get install docker-compose)" >&2; exit 1; }
+
+wheelhouse: wheelhouse/.filled ## Fetch the wheels that images are built from without an index, torch as a CPU build (400 MB)
+
+wheelhouse/.filled: pyproject.toml constraints.txt deploy/wheelhouse.py deploy/requirements.py | $(STAMP) engine
+	$(BIN)/python deploy/wheelhouse.py
+	@touch $@
+
+images: engine wheelhouse ## Build fedpruner-server and fedpruner-client:cpu from the wheelhouse; with CUDA: docker compose build
+	DOCKER_BUILDKIT=1 docker build -q -f Dockerfile.server -t fedpruner-server .
+	DOCKER_BUILDKIT=1 docker build -q -f Dockerfile.client --build-arg TORCH=cpu -t fedpruner-client:cpu .
+
+test-containers: $(STAMP) model images ## Real containers: runs, memory limits, cut networks, restarts (needs Docker)
+	$(PYTEST) tests/containers --timeout 1500 --durations 10
+
+audit: $(STAMP) images ## Look up known vulnerabilities of what the images hold (needs PyPI's or OSV's service; fails without)
+	$(BIN)/python deploy/audit.py fedpruner-server fedpruner-client:cpu
 
 gpu: $(STAMP) ## The tests that need a CUDA device
 	$(PYTEST) tests/gpu -m gpu

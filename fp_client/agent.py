@@ -31,6 +31,7 @@ from common.errors import (
 from common.transport.wire import Backoff
 from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, Progress, RunSpec, TaskFailed, TaskKey, UnitObject
 from fp_client.cache import ObjectCache
+from fp_client.health import Link
 from fp_client.messages import AdapterFile, OnProgress, TrainResult
 from fp_client.policy import Policy
 from fp_client.rpc import Cancel, DeviceSays, RunEnded, ServerSays, Session
@@ -83,6 +84,7 @@ class Agent:
         self._policy, self._cache, self._runs, self._outbox = policy, cache, runs, outbox
         self._backoff, self._beat_seconds = backoff, beat_seconds
         self._session: Session | None = None
+        self.link = Link(since=monotonic(), reason="the daemon has just started")
         self._task: asyncio.Task[None] | None = None
         self._said: Task | None = None
         self._last_probe: tuple[ProbeTask, ProbeReport] | None = None
@@ -119,7 +121,9 @@ class Agent:
         try:
             session = await self._open()
         except UnreachableError as error:
+            self.link = self.link.lost(str(error))
             return error
+        self.link = self.link.opened(session.device)
         log.info("connected as %r (server %s)", session.device, session.server_version)
         self._session = session
         try:
@@ -132,7 +136,7 @@ class Agent:
         except FedPrunerError as error:
             return error
         finally:
-            self._session = None
+            self._session, self.link = None, self.link.lost("the session has ended")
             await session.close()
 
     async def _handle(self, said: ServerSays) -> None:

@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.ending import end_within
 from common.errors import InUseError, StorageError
 from common.transport.wire import Backoff
 from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
 from fp_client.config import ClientConfig, cache_dir, load_config, need_server
+from fp_client.health import tell
 from fp_client.policy import load_policy
 from fp_client.rpc import Connection
 from fp_client.rpc_objects import Transfer
@@ -88,9 +90,19 @@ async def serve(directory: Path) -> None:
         Runs(directory / "runs"), Outbox(directory / "outbox"), connection.backoff,
     )  # fmt: skip
     running = asyncio.create_task(agent.run())
-    loop = asyncio.get_running_loop()
+    telling = asyncio.create_task(tell(directory, address, lambda: agent.link))
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        if not stopping:
+            log.info("stopping: the task under way is ended; a finished update is kept for the next start")
+            end_within(config.grace_seconds)
+            running.cancel()
+        stopping = True
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, running.cancel)
+        asyncio.get_running_loop().add_signal_handler(number, stop)
     log.info("device directory %s, server %s", directory, address)
     for section, there in (("[models]", config.models), ("[data]", config.data)):
         if not there:
@@ -98,8 +110,12 @@ async def serve(directory: Path) -> None:
     try:
         await running
     except asyncio.CancelledError:
+        if not stopping:
+            raise
         log.info("stopped")
     finally:
+        telling.cancel()
+        await asyncio.wait([telling])
         await connection.close()
 
 

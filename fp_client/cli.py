@@ -12,8 +12,10 @@ for _name, _value in (("OPENBLAS_NUM_THREADS", "1"), ("OMP_NUM_THREADS", "1"), (
 
 import typer
 
+from common.ending import leave_on_sigterm
 from fp_client import commands_doctor, commands_model, commands_plan, commands_probe
 from fp_client.commands import HERE, Directory, Json, run_app
+from fp_client.health import PATIENCE, check
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
@@ -57,10 +59,20 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Run the device daemon; it logs to standard error."""
+    leave_on_sigterm()
     from fp_client import app as daemon
 
     daemon.log_to_stderr(as_json, verbose)
     daemon.run(directory)
+
+
+@app.command(epilog="Example:  fp-client health --dir dev1 && echo connected")
+def health(
+    directory: Directory = HERE,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds without a session that are still well.")] = PATIENCE,
+) -> None:
+    """Does the daemon of this directory run, with a session? Exits with 7 when not. The image's health check asks the same."""
+    typer.echo(check(directory, patience))
 
 
 for _module in (commands_plan, commands_probe, commands_doctor, commands_model):

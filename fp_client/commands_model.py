@@ -31,7 +31,7 @@ def merge(
 
 def manifest(
     model_dir: Annotated[Path, typer.Argument(help="The model's directory.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The manifest to write (JSON).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The manifest to write (JSON); - prints it.")],
     name: Annotated[str, typer.Option(help="The model's name in run files; the directory's if left out.")] = "",
     as_json: Json = False,
 ) -> None:
@@ -46,6 +46,9 @@ def manifest(
         text = dump_manifest(checkpoint.manifest(name or model_dir.resolve().name, fingerprint))
     finally:
         checkpoint.close()
+    if output == Path("-"):
+        typer.echo(text)
+        return
     temporary = output.with_name(output.name + ".tmp")
     try:
         temporary.write_text(text)

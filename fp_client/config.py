@@ -96,6 +96,8 @@ class ClientConfig(Section):
     """What unquantized weights are computed in."""
     worker_idle_seconds: float = Field(default=300.0, ge=0)
     """How long a warm worker is kept without a task."""
+    grace_seconds: float = Field(default=8.0, ge=1)
+    """The daemon ends so soon after SIGTERM, whatever it reads or fetches then."""
     budget: BudgetSection = BudgetSection()
     models: dict[str, ModelSection] = Field(default_factory=dict)
     data: DataSection | None = None

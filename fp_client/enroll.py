@@ -194,9 +194,11 @@ def write_server(path: Path, server: str) -> None:
     if not path.exists():
         path.write_text(EXAMPLE.format(server=json.dumps(server)))
         return
-    head, bracket, rest = re.match(r"(?s)(.*?)((?:^\s*\[)|\Z)(.*)", path.read_text(), re.MULTILINE).groups()  # type: ignore[union-attr]
+    text = path.read_text()
+    head, bracket, rest = re.match(r"(?s)(.*?)((?:^\s*\[)|\Z)(.*)", text, re.MULTILINE).groups()  # type: ignore[union-attr]
     if re.search(r"(?m)^\s*server\s*=", head):
         head = re.sub(r"(?m)^\s*server\s*=.*$", lambda _: line, head, count=1)
     else:
         head = f"{line}\n{head}"
-    path.write_text(head + bracket + rest)
+    if head + bracket + rest != text:  # what says so already may be read-only, as a container's is
+        path.write_text(head + bracket + rest)

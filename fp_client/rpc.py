@@ -131,15 +131,31 @@ class Session:
         self.device, self.server_version = device, version
         self._call, self._translate = call, translate
         self._writing = asyncio.Lock()
+        self._sending: set[asyncio.Task[None]] = set()
 
     async def send(self, value: DeviceSays) -> None:
-        """Raises UnreachableError when the stream has ended."""
+        """Raises UnreachableError when the stream has ended.
+
+        A cancelled caller leaves the message to be written: gRPC ends the whole stream with a write that is cancelled, and
+        a task's last words are often overtaken by the server's answer to them.
+        """
+        task = asyncio.create_task(self._send(value))
+        self._sending.add(task)
+        task.add_done_callback(self._sent)
+        await asyncio.shield(task)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._sending.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waits has it; nobody may
+
+    async def _send(self, value: DeviceSays) -> None:
         async with self._writing:
             try:
                 await self._call.write(encode(value))
             except grpc.aio.AioRpcError as error:
                 raise await self._translate(error) from None
-            except asyncio.InvalidStateError:
+            except (asyncio.InvalidStateError, asyncio.CancelledError):
                 raise UnreachableError("the session has ended") from None
 
     async def __aiter__(self) -> AsyncIterator[ServerSays]:
@@ -149,6 +165,10 @@ class Session:
                 message = await self._call.read()
             except grpc.aio.AioRpcError as error:
                 raise await self._translate(error) from None
+            except asyncio.CancelledError:
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    raise
+                raise UnreachableError("the session's stream was cancelled") from None  # the call, and not this task
             if message is grpc.aio.EOF:
                 await _ended(self._call, self._translate)
                 return
@@ -176,10 +196,11 @@ class Connection:
         """Raises IdentityError when certificate or key are missing, damaged or expired."""
         self.directory, self.address = directory, address
         self.backoff = backoff or wire.Backoff()
-        # gRPC's own reconnect backoff grows to two minutes and would hide a server that is back.
+        # gRPC's own reconnect backoff grows to two minutes and would hide a server that is back; so would its half a minute
+        # between two look-ups of the name, when a container comes back at another address.
         options = wire.options(
             wire.CHANNEL_OPTIONS, initial_reconnect_backoff_ms=200, min_reconnect_backoff_ms=2000, max_reconnect_backoff_ms=2000,
-            use_local_subchannel_pool=1,
+            use_local_subchannel_pool=1, dns_min_time_between_resolutions_ms=2000,
         )  # fmt: skip
         self.channel = grpc.aio.secure_channel(address, tls.client_credentials(directory), options)
         self._refusals = 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from common.checkpoint import Checkpoint, cached_fingerprint
-from common.errors import FedPrunerError
+from common.errors import FedPrunerError, WorkerError
 from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, RunSpec
 from fp_client import models
 from fp_client.config import ClientConfig, ModelSection, cache_dir, need_data, need_model
@@ -96,15 +97,24 @@ class LocalWork:
 
     async def fingerprint(self, spec: RunSpec, progress: OnProgress) -> str:
         """Fingerprint of this device's weights; read once, then remembered by the files' stamp."""
+        stopped = threading.Event()
+
+        def told(done: int, total: int) -> None:
+            if stopped.is_set():  # a thread can't be cancelled, and reading a large model takes minutes
+                raise WorkerError("the daemon is stopping")
+            progress("verify", done, total)
 
         def read() -> str:
             _, checkpoint = self.open_model(spec.model)
             try:
-                return cached_fingerprint(checkpoint, self.cache, lambda done, total: progress("verify", done, total))
+                return cached_fingerprint(checkpoint, self.cache, told)
             finally:
                 checkpoint.close()
 
-        return await asyncio.to_thread(read)
+        try:
+            return await asyncio.to_thread(read)
+        finally:
+            stopped.set()
 
     async def plan(self, spec: RunSpec) -> PlanReport:
         """Data counted with the tokenizer, and what the budget holds. Raises BudgetError with the smallest that would do."""

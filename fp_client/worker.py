@@ -6,12 +6,14 @@ becomes standard error before any library is imported, so that nothing a library
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.codec import from_json, to_json
@@ -84,8 +86,16 @@ def serve(channel: Channel) -> int:
             tasks.forget()
 
 
+def volunteer() -> None:
+    """Be the one that the kernel kills when the container's or the machine's memory is spent: this process's task is lost
+    then and reported, and the daemon lives on. Anyone may raise their own score (proc(5)); other systems have none."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def main() -> int:
-    """Claim the descriptors, then serve."""
+    """Volunteer, claim the descriptors, then serve."""
+    volunteer()
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return serve(Channel(sys.stdin.buffer, sink))

@@ -8,11 +8,11 @@ import json
 from collections.abc import AsyncIterator, Sequence
 
 from common.checkpoint import manifest_from_json
-from common.errors import ConfigError
+from common.errors import ConfigError, UnreachableError
 from common.pb import admin_pb2, admin_pb2_grpc, enroll_pb2, enroll_pb2_grpc
 from common.transport.wire import errors_to_status
 from fp_server import operations
-from fp_server.coordinator import Coordinator
+from fp_server.coordinator import STOPPING, Coordinator
 from fp_server.identity import Authority
 from fp_server.roundstate import Entry
 from fp_server.service import Context, caller
@@ -97,7 +97,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         async with errors_to_status(context):
             peer = caller(context, self._authority, "operator")
             last = b""
-            while True:
+            while not self._coordinator.draining:
                 self._authority.check(peer, "operator")
                 now = self._status(request)
                 if (encoded := now.SerializeToString()) != last:
@@ -107,6 +107,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._coordinator.changed.wait(), 5.0)
                 await asyncio.sleep(0.5)
+            raise UnreachableError(STOPPING)
 
     async def CreateToken(self, request: admin_pb2.CreateTokenRequest, context: Context) -> admin_pb2.CreateTokenReply:  # noqa: N802
         """A one-time token."""

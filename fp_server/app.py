@@ -9,14 +9,16 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from common import config as configuration
+from common.ending import CLOSING, end_within
 from common.errors import ConfigError, FedPrunerError, IdentityError, InUseError
 from common.pb import admin_pb2_grpc, enroll_pb2_grpc, objects_pb2_grpc, session_pb2_grpc
 from common.transport.tls import server_credentials
@@ -24,6 +26,7 @@ from common.transport.wire import SERVER_OPTIONS, options
 from fp_server.admin import Admin, Enrollment
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
+from fp_server.health import FILE, Endpoint, host_port, local_host
 from fp_server.identity import Authority, create_authority
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore, sync_directory
@@ -34,8 +37,6 @@ logger = logging.getLogger("fp_server")
 
 DAY = 86_400.0
 """Seconds between looks at the certificates' ends."""
-GRACE = 5.0
-"""Seconds that calls under way get when the server stops."""
 ENROLL_MESSAGE = 64 << 10
 """Bytes an enrollment message may have: anyone may send one."""
 CONFIG_TEMPLATE = """\
@@ -89,26 +90,13 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a running server listens."""
-
-    port: int
-    enroll_port: int
-
-
 def read_endpoint(directory: Path) -> Endpoint:
     """Where the server of a directory listens (or last listened). Raises ConfigError."""
     config = configuration.load(directory / "server.toml", ServerConfig)
     try:
-        return Endpoint(**json.loads((directory / "endpoint.json").read_text()))
+        return Endpoint(**json.loads((directory / FILE).read_text()))
     except (OSError, ValueError, TypeError):
-        return Endpoint(config.port, config.enroll_port)
-
-
-def host_port(host: str, port: int) -> str:
-    """An address as gRPC wants it: an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return Endpoint(config.port, config.enroll_port, local_host(config.listen))
 
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> int:
@@ -148,7 +136,22 @@ async def _renew_daily(directory: Path, config: ServerConfig, authority: Authori
             logger.error("certificates could not be renewed, trying again tomorrow: %s", error)
 
 
+def _when_told_to_stop(grace: float) -> asyncio.Event:
+    """Set by SIGTERM or SIGINT. From then on the process has `grace` seconds left, whatever is under way."""
+    stopping = asyncio.Event()
+
+    def stop() -> None:
+        if not stopping.is_set():
+            end_within(grace)
+        stopping.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop)
+    return stopping
+
+
 async def _serve(directory: Path, config: ServerConfig, database: Database) -> None:
+    stopping = _when_told_to_stop(config.grace_seconds)
     store, authority = ObjectStore(directory), Authority(directory, database)
     store.clear_scratch()
     _renew(directory, config, authority)
@@ -175,19 +178,18 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     await main.start()
     await enroll.start()
     await checks.set("", health_pb2.HealthCheckResponse.SERVING)
-    temporary = directory / "endpoint.json.tmp"
-    temporary.write_text(json.dumps({"port": port, "enroll_port": enroll_port}))
-    temporary.replace(directory / "endpoint.json")
+    temporary = directory / f"{FILE}.tmp"
+    temporary.write_text(json.dumps(asdict(Endpoint(port, enroll_port, local_host(config.listen)))))
+    temporary.replace(directory / FILE)
     logger.info("serving %s on port %d (enrollment on %d)", ", ".join(config.names), port, enroll_port)
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stopping.set)
     renewing = asyncio.create_task(_renew_daily(directory, config, authority))
     await stopping.wait()
     renewing.cancel()
-    logger.info("stopping")
+    deadline = time.monotonic() + max(0.0, config.grace_seconds - CLOSING)
+    logger.info("stopping: what is being received or aggregated has %.0f s", deadline - time.monotonic())
     await checks.enter_graceful_shutdown()
-    coordinator.hang_up()
-    await asyncio.gather(main.stop(GRACE), enroll.stop(GRACE))  # no new calls from here on
-    await coordinator.stop()
+    await coordinator.drain()
+    patience = max(0.0, deadline - time.monotonic())
+    await asyncio.gather(main.stop(patience), enroll.stop(patience))  # no new calls from here on
+    await coordinator.stop(max(0.0, deadline - time.monotonic()))
+    logger.info("stopped")

@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from common.ending import leave_on_sigterm
 from common.errors import ConfigError, FedPrunerError
 
 app = typer.Typer(
@@ -79,12 +80,25 @@ def run(
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s"
     )
+    leave_on_sigterm()
     for noisy in ("grpc", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _pin_malloc()
     from fp_server.app import serve
 
     asyncio.run(serve(dir))
+
+
+@app.command(epilog="Example: `fp-server health --dir /srv/fp && echo all is well`")
+def health(dir: Directory = HERE, json_: Json = False) -> None:
+    """Ask both ports whether they serve; exits with 7 when not. The image's health check asks the same."""
+    from fp_server.health import check
+
+    at = check(dir)
+    if json_:
+        print(json.dumps({"serving": True, "port": at.port, "enroll_port": at.enroll_port}))  # noqa: T201
+    else:
+        out.print(f"serving on port {at.port} (enrollment on {at.enroll_port})", highlight=False)
 
 
 @app.command(epilog="Example: `fp-server token phone-17 --ttl 24h`")

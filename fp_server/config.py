@@ -47,6 +47,8 @@ class ServerConfig(Section):
     """How long device and operator certificates are valid."""
     max_samples: PositiveInt = 1_000_000
     """Cap on |D_n|, so that no device buys weight by claiming samples."""
+    grace_seconds: float = Field(8.0, ge=1)
+    """The server ends so soon after SIGTERM; pushes and an aggregation under way may use all but the last second of it."""
 
 
 class RunSection(Section):

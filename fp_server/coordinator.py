@@ -50,6 +50,7 @@ TICK = 0.5
 """Seconds between looks at the clock."""
 _FREEING = (e.RoundCommitted, e.RoundClosed, e.RunEnded)
 """Events after which objects may be needed no more."""
+STOPPING = "the server is stopping; try again later"
 KEPT = 16
 """Ended runs whose folded state is kept for whoever asks."""
 
@@ -89,11 +90,15 @@ class Coordinator:
         self.lock = asyncio.Lock()
         self._heavy = ThreadPoolExecutor(1, thread_name_prefix="heavy")
         self._tasks: set[asyncio.Task[None]] = set()
+        self._working: set[asyncio.Task[None]] = set()
+        """Those of the tasks that choose or aggregate."""
         self._writes: set[asyncio.Task[Any]] = set()
         self._ended: dict[str, RunMachine] = {}
         self._kept: frozenset[str] = frozenset()
         """The ledgers and adapters of all ended runs."""
         self._bytes_down = 0
+        self.draining = False
+        """The server is about to stop: it begins nothing more."""
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -122,24 +127,33 @@ class Coordinator:
             logger.info("%d objects that nothing refers to were removed", removed)
 
     async def _discard(self, digests: frozenset[str], mark: int) -> None:
-        try:
-            await asyncio.to_thread(self.store.discard, digests, mark)
+        try:  # in the thread that aggregates: what is being read stays until that is over
+            await asyncio.get_running_loop().run_in_executor(self._heavy, self.store.discard, digests, mark)
         except OSError as error:  # they stay until the next start
             logger.warning("objects that are no longer needed can't be removed: %s", error)
 
-    def hang_up(self) -> None:
-        """End every session; the devices may come back."""
+    async def drain(self) -> None:
+        """Begin nothing more: no session, round, choice or aggregation. Sessions are ended; the devices may come back."""
+        self.draining = True
         for session in list(self.sessions.values()):
-            session.close(UnreachableError("the server is stopping; try again later"))
+            session.close(UnreachableError(STOPPING))
+        await self.announce()
 
-    async def stop(self) -> None:
-        """Hang up and wait for what is being written."""
-        self.hang_up()
+    async def stop(self, patience: float = 0.0) -> None:
+        """Drain, and wait for what is being written; for an aggregation or a choice under way at most `patience` seconds.
+
+        One that isn't done by then is left to its thread and forgotten: it is begun again at the next start.
+        """
+        await self.drain()
+        if self._working and patience:
+            await asyncio.wait(self._working, timeout=patience)
+        if self._working:
+            logger.warning("what is being chosen or aggregated is not done; it is begun again at the next start")
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*self._writes, return_exceptions=True)
-        await asyncio.to_thread(self._heavy.shutdown, wait=True, cancel_futures=True)
+        self._heavy.shutdown(wait=False, cancel_futures=True)
 
     def fold(self, run: str) -> RunMachine:
         """A run's state from its events. Raises NotFound."""
@@ -200,10 +214,16 @@ class Coordinator:
         else:
             self._problems.pop(source, None)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._reap)
+        return task
+
+    def _work(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._spawn(work)
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
 
     def _reap(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -260,6 +280,8 @@ class Coordinator:
                 if gone := before - machine.references() - self._kept:  # durable: nothing will ask for them again
                     self._spawn(self._discard(gone, self.store.mark))
                 for command in commands:
+                    if isinstance(command, Record) and self.draining and isinstance(command.event, e.RoundOpened):
+                        continue  # opened at the next start
                     if isinstance(command, Record):
                         pending.append(command.event)
                     else:
@@ -279,10 +301,12 @@ class Coordinator:
 
     def _do(self, machine: RunMachine, command: Command) -> None:
         match command:
+            case Choose() | Aggregate() if self.draining:  # asked for again when the log is folded
+                pass
             case Choose():
-                self._spawn(self._choose(machine, command))
+                self._work(self._choose(machine, command))
             case Aggregate():
-                self._spawn(self._aggregate(machine, command))
+                self._work(self._aggregate(machine, command))
             case Record():
                 raise AssertionError("records are handled where they are made")
             case _:
@@ -307,7 +331,7 @@ class Coordinator:
     async def _aggregate(self, machine: RunMachine, command: Aggregate) -> None:
         loop = asyncio.get_running_loop()
         delay = 1.0
-        while machine.ended is None:
+        while machine.ended is None and not self.draining:
             problem = f"round {command.key.round + 1} of {machine.name!r} can't be aggregated, trying again: "
             try:
                 event = await loop.run_in_executor(
@@ -343,7 +367,9 @@ class Coordinator:
     # -- what devices do -------------------------------------------------------------------------
 
     async def connect(self, session: Session) -> None:
-        """A device's session opened; an older one of the same device is hung up."""
+        """A device's session opened; an older one of the same device is hung up. Raises UnreachableError when stopping."""
+        if self.draining:
+            raise UnreachableError(STOPPING)
         if (old := self.sessions.pop(session.device, None)) is not None:
             old.close(InUseError(f"another session of {session.device!r} was opened; is a second daemon using its identity?"))
         self.sessions[session.device] = session

@@ -13,21 +13,17 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from common import config as configuration
 from common.checkpoint import dump_manifest
 from common.errors import UnreachableError
 from common.pb import admin_pb2, admin_pb2_grpc
 from common.transport.tls import client_credentials
 from common.transport.wire import CHANNEL_OPTIONS, from_rpc_error, options
 from common.types import ModelManifest
-from fp_server.app import host_port, read_endpoint
-from fp_server.config import ServerConfig
+from fp_server.app import read_endpoint
+from fp_server.health import host_port
 
 TIMEOUT = 20.0
 """Seconds an operator's call may take."""
-
-EVERYWHERE = ("0.0.0.0", "::", "[::]")
-"""Listening on all addresses, localhost among them."""
 
 T = TypeVar("T")
 
@@ -46,8 +42,8 @@ class Operator:
     def __init__(self, directory: Path) -> None:
         """Raises IdentityError when the directory has no valid operator certificate."""
         self._directory = directory
-        port, listen = read_endpoint(directory).port, configuration.load(directory / "server.toml", ServerConfig).listen
-        self.address = host_port("localhost" if listen in EVERYWHERE else listen, port)
+        at = read_endpoint(directory)
+        self.address = host_port(at.host, at.port)
         # The certificate always names localhost; the address that is listened on need not be in it.
         self._options = options(CHANNEL_OPTIONS, ssl_target_name_override="localhost")
         self._credentials = client_credentials(directory, "operator")

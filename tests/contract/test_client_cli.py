@@ -50,13 +50,20 @@ def test_join_then_run_until_sigterm(tmp_path):
             async with asyncio.timeout(30):
                 while not server.sessions.opened:  # noqa: ASYNC110  # the other side is a process
                     await asyncio.sleep(0.02)
-            code, _, err = await call("run", "--dir", tmp_path)
+            code, out, err = await call("run", "--dir", tmp_path)
             assert code == 12 and "another fp-client runs on this directory" in err
+            async with asyncio.timeout(60):
+                while f"connected to {server.address} as 'alice' for " not in out:  # written within a second
+                    code, out, err = await call("health", "--dir", tmp_path)
+                    assert code == 0, err
             process.send_signal(signal.SIGTERM)
             out, err = await asyncio.wait_for(process.communicate(), 30)
             assert process.returncode == 0 and out == b""
             lines = [json.loads(line) for line in err.decode().splitlines()]
             assert any("connected as 'alice'" in line["message"] for line in lines) and lines[-1]["message"] == "stopped"
+            assert any("a finished update is kept for the next start" in line["message"] for line in lines)
+            code, _, err = await call("health", "--dir", tmp_path)
+            assert code == 7 and "no daemon runs here; start it with `fp-client run --dir" in err
 
     asyncio.run(main())
 
@@ -125,11 +132,13 @@ class Printed:
         from fp_client import cli
 
         before, sys.argv = sys.argv, ["fp-client", *map(str, arguments)]
+        handler = signal.getsignal(signal.SIGTERM)  # `run` takes it over
         try:
             with pytest.raises(SystemExit) as ended:
                 cli.main()
         finally:
             sys.argv = before
+            signal.signal(signal.SIGTERM, handler)
         seen = self.capsys.readouterr()
         return ended.value.code or 0, seen.out, seen.err
 
@@ -193,7 +202,7 @@ def test_wrong_flags(tmp_path, run):
 
 
 def test_every_command_has_help_with_an_example(run):
-    assert len(app.registered_commands) == 7
+    assert len(app.registered_commands) == 8
     for command in app.registered_commands:
         code, out, _ = run(command.callback.__name__, "--help")
         assert code == 0 and "Example:" in out
@@ -272,3 +281,10 @@ def test_the_command_line_and_the_daemon_do_not_import_torch():
         return process.returncode, err.decode()
 
     assert asyncio.run(main()) == (0, "")
+
+
+def test_a_manifest_can_be_printed_where_no_file_can_be_written(tmp_path, run):
+    model = device.model(tmp_path)
+    code, out, _ = run("manifest", model, "--name", "tiny", "-o", "-")
+    assert code == 0 and run("manifest", model, "--name", "tiny", "-o", tmp_path / "tiny.json")[0] == 0
+    assert json.loads(out) == json.loads((tmp_path / "tiny.json").read_text()) and json.loads(out)["name"] == "tiny"

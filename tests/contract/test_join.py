@@ -140,6 +140,20 @@ def test_join_keeps_what_the_owner_wrote(tmp_path):
     assert load_config(tmp_path).budget.host == 1 << 30
 
 
+def test_a_configuration_that_names_the_server_already_is_not_written_and_may_be_read_only(tmp_path, monkeypatch):
+    """As a container's client.toml is, mounted from outside."""
+    path = tmp_path / "client.toml"
+    path.write_text('# mine\nserver = "here:1"\n[budget]\nhost = "1GiB"\n')
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(type(path), "write_text", refuse)
+    write_server(path, "here:1")
+    with pytest.raises(OSError, match="Read-only"):
+        write_server(path, "there:1")
+
+
 def test_the_example_configuration_is_valid_with_and_without_its_comments(tmp_path):
     import re
 

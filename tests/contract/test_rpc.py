@@ -65,6 +65,47 @@ def test_session_says_its_schema_and_hears_what_the_server_says(tmp_path):
     with_server(tmp_path, body)
 
 
+def test_a_sender_that_is_cancelled_in_mid_write_does_not_take_the_session_with_it(tmp_path):
+    """As when the server's answer to a failed task overtakes the end of the write that told it."""
+
+    async def body(server, connection):
+        session = await connection.open()
+        for done in range(20):
+            sending = asyncio.create_task(session.send(Progress(KEY, "train", done, 20)))
+            for _ in range(done % 4):
+                await asyncio.sleep(0)
+            sending.cancel()
+            await asyncio.wait([sending])
+        await session.send(Progress(KEY, "train", 20, 20))
+        while (await server.sessions.next("progress")).done != 20:
+            pass
+        await server.sessions.tell.put(session_pb2.ServerMessage(ended=session_pb2.RunEnded(run="r", outcome="finished")))
+        await server.sessions.tell.put(None)
+        assert [said async for said in session] == [RunEnded("r", "finished")]
+        await session.close()
+
+    with_server(tmp_path, body)
+
+
+def test_a_stream_that_was_cancelled_is_an_unreachable_server_and_not_our_own_end(tmp_path):
+    async def body(server, connection):
+        session = await connection.open()
+        asyncio.get_running_loop().call_later(0.1, session._call.cancel)
+        with pytest.raises(UnreachableError, match="cancelled"):
+            async for _ in session:
+                pass
+        with pytest.raises(UnreachableError):
+            await session.send(Progress(KEY, "train", 1, 5))
+        reading = asyncio.create_task(anext((await connection.open()).__aiter__()))
+        await asyncio.sleep(0.1)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await session.close()
+
+    with_server(tmp_path, body)
+
+
 def test_an_unexpected_message_is_a_protocol_error(tmp_path):
     async def body(server, connection):
         session = await connection.open()

@@ -19,8 +19,9 @@ from server_side import MANIFEST, Device, Server, free_port, hello, read, run_to
 from common.checkpoint import dump_manifest
 from common.pb import session_pb2_grpc
 from common.token import JoinToken
-from fp_server.app import host_port, initialise
+from fp_server.app import initialise
 from fp_server.cli import main
+from fp_server.health import host_port
 
 
 def cli(*arguments: object, code: int = 0) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -57,6 +59,32 @@ def home(tmp_path):
 
 def work_of(home) -> LocalWork:
     return LocalWork(load_config(home), home)
+
+
+def test_reading_the_weights_ends_with_the_daemon_and_not_after_the_last_byte(home, monkeypatch):
+    """A thread can't be cancelled: it looks up at every sign of progress."""
+    reading, ended = threading.Event(), threading.Event()
+
+    def endless(checkpoint, cache, progress):
+        try:
+            while True:
+                reading.set()
+                progress(1, 2)
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr("fp_client.work.cached_fingerprint", endless)
+
+    async def main():
+        work = asyncio.create_task(work_of(home).fingerprint(spec, lambda *_: None))
+        assert await asyncio.to_thread(reading.wait, 30)
+        work.cancel()
+        await asyncio.wait([work])
+        assert await asyncio.to_thread(ended.wait, 30)
+
+    spec = spec_of(home)
+    asyncio.run(main())
 
 
 def planned(home, spec):

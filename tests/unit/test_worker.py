@@ -68,6 +68,17 @@ def with_worker(config: WorkerConfig, body: Callable[[Worker], Awaitable[Any]], 
     return asyncio.run(run())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the score is Linux's")
+def test_the_worker_and_not_the_daemon_is_what_the_kernel_kills_when_memory_is_spent(config: WorkerConfig) -> None:
+    def score(of: int) -> int:
+        return int(Path(f"/proc/{of}/oom_score_adj").read_text())
+
+    async def body(worker: Worker) -> int:
+        return score((await worker.start()).pid)
+
+    assert with_worker(config, body) == 1000 > score(os.getpid())
+
+
 def adapter_files(directory: Path, layers: Iterator[int] | range) -> tuple[AdapterFile, ...]:
     generator = np.random.default_rng(0)
     files = []

@@ -1,0 +1,89 @@
+"""Does the server of a directory serve? Asks the health service of both ports, over TLS, and believes nothing else.
+
+Light to import: `python -m fp_server.health` is a container's health check and runs again and again, so nothing of the
+command line, of scipy or of pydantic is needed for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from common.errors import ConfigError, FedPrunerError, UnreachableError
+from common.transport.tls import client_credentials
+from common.transport.wire import from_rpc_error
+
+FILE = "endpoint.json"
+"""Where a server writes down how it is reached."""
+TIMEOUT = 5.0
+"""Seconds a port may take to answer."""
+ANYWHERE = ("0.0.0.0", "::", "[::]")
+"""Listening on all addresses, localhost among them."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a running server listens; `host` is how it is reached from its own machine."""
+
+    port: int
+    enroll_port: int
+    host: str = "localhost"
+
+
+def local_host(listen: str) -> str:
+    """How a server that listens on this address is reached from its own machine."""
+    return "localhost" if listen in ANYWHERE else listen
+
+
+def host_port(host: str, port: int) -> str:
+    """An address as gRPC wants it: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check(directory: Path, timeout: float = TIMEOUT) -> Endpoint:
+    """The endpoint, when both ports say SERVING. Raises ConfigError, IdentityError, or UnreachableError with the reason.
+
+    The main port is asked with the operator's certificate, the enrollment port with none, as who joins asks it.
+    """
+    try:
+        at = Endpoint(**json.loads((directory / FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        raise ConfigError(f"{directory / FILE}: missing or damaged; `fp-server run --dir {directory}` writes it") from None
+    _ask(host_port(at.host, at.port), client_credentials(directory, "operator"), timeout)
+    _ask(host_port(at.host, at.enroll_port), grpc.ssl_channel_credentials((directory / "ca.pem").read_bytes()), timeout)
+    return at
+
+
+def _ask(address: str, credentials: grpc.ChannelCredentials, timeout: float) -> None:
+    # The certificate always names localhost; the address that is listened on need not be in it.
+    with grpc.secure_channel(address, credentials, [("grpc.ssl_target_name_override", "localhost")]) as channel:
+        try:
+            reply: Any = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.RpcError as raw:
+            error: Any = raw  # a `grpc.Call` too
+            raise from_rpc_error(error, address) from None
+    if reply.status != health_pb2.HealthCheckResponse.SERVING:
+        raise UnreachableError(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)}; is it stopping?")
+
+
+def main() -> int:
+    """For a container: 0 when it serves, 1 when not, with a line that says why."""
+    directory = Path(sys.argv[1] if len(sys.argv) > 1 else os.environ.get("FP_SERVER_DIR", "fp-server-data"))
+    try:
+        at = check(directory)
+    except FedPrunerError as error:
+        print(f"unhealthy: {error}")  # noqa: T201
+        return 1
+    print(f"serving on port {at.port} (enrollment on {at.enroll_port})")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
