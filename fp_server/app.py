@@ -24,7 +24,19 @@ from common.transport.wire import SERVER_OPTIONS, options
 from fp_server.admin import Admin, Enrollment
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
+from fp_server.gate import Gate, enroll_rules, main_rules
 from fp_server.identity import Authority, create_authority
+from fp_server.limits import (
+    ENROLL_MESSAGE,
+    HANDSHAKE_SECONDS,
+    IDLE_SECONDS,
+    MESSAGE,
+    METADATA,
+    STREAMS,
+    Complaints,
+    ServerLimits,
+    raise_descriptors,
+)
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore, sync_directory
 from fp_server.service import Sessions
@@ -36,8 +48,6 @@ DAY = 86_400.0
 """Seconds between looks at the certificates' ends."""
 GRACE = 5.0
 """Seconds that calls under way get when the server stops."""
-ENROLL_MESSAGE = 64 << 10
-"""Bytes an enrollment message may have: anyone may send one."""
 CONFIG_TEMPLATE = """\
 # Written by `fp-server init`; every key is explained in docs/run-a-server.md.
 names = [{names}]
@@ -148,6 +158,26 @@ async def _renew_daily(directory: Path, config: ServerConfig, authority: Authori
             logger.error("certificates could not be renewed, trying again tomorrow: %s", error)
 
 
+def _servers(limits: ServerLimits) -> tuple[grpc.aio.Server, grpc.aio.Server]:
+    """The main and the enrollment server, each behind its gate."""
+    bounds = options(
+        SERVER_OPTIONS, max_concurrent_streams=STREAMS, absolute_max_metadata_size=METADATA, max_metadata_size=METADATA // 2,
+        server_handshake_timeout_ms=int(HANDSHAKE_SECONDS * 1000), max_connection_idle_ms=int(IDLE_SECONDS * 1000),
+    )  # fmt: skip
+    complaints = Complaints()
+    main = grpc.aio.server(
+        interceptors=[Gate(main_rules(), limits, complaints)],
+        options=options(bounds, max_allowed_incoming_connections=raise_descriptors(limits), max_receive_message_length=MESSAGE),
+    )
+    enroll = grpc.aio.server(
+        interceptors=[Gate(enroll_rules(limits), limits, complaints)],
+        options=options(
+            bounds, max_allowed_incoming_connections=limits.enroll_connections, max_receive_message_length=ENROLL_MESSAGE
+        ),
+    )
+    return main, enroll
+
+
 async def _serve(directory: Path, config: ServerConfig, database: Database) -> None:
     store, authority = ObjectStore(directory), Authority(directory, database)
     store.clear_scratch()
@@ -157,8 +187,7 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
         certificate, key, ca = ((directory / name).read_bytes() for name in ("server.pem", "server.key", "ca.pem"))
     except OSError as error:
         raise IdentityError(f"{directory}: {error.filename}: {error.strerror}; was `fp-server init` interrupted?") from None
-    main = grpc.aio.server(options=options(SERVER_OPTIONS))
-    enroll = grpc.aio.server(options=options(SERVER_OPTIONS, max_receive_message_length=ENROLL_MESSAGE))
+    main, enroll = _servers(config.limits)
     port = _bind(main, host_port(config.listen, config.port), server_credentials(certificate, key, ca))
     enroll_port = _bind(enroll, host_port(config.listen, config.enroll_port), server_credentials(certificate, key, None))
     name = config.names[0]

@@ -26,6 +26,7 @@ from common.types import (
     model_units,
     unit_modules,
 )
+from fp_server.limits import ServerLimits
 from fp_server.methods import METHODS
 
 COMPONENTS = Part.ATTENTION
@@ -47,6 +48,8 @@ class ServerConfig(Section):
     """How long device and operator certificates are valid."""
     max_samples: PositiveInt = 1_000_000
     """Cap on |D_n|, so that no device buys weight by claiming samples."""
+    limits: ServerLimits = ServerLimits()
+    """What peers may make large or slow."""
 
 
 class RunSection(Section):
