@@ -22,7 +22,9 @@ from common.errors import (
     FingerprintError,
     IdentityError,
     InUseError,
+    LimitError,
     NotFound,
+    ProtocolError,
     TooLate,
     UnreachableError,
     UpdateRejected,
@@ -35,7 +37,7 @@ from fp_client.messages import AdapterFile, OnProgress, TrainResult
 from fp_client.policy import Policy
 from fp_client.rpc import Cancel, DeviceSays, RunEnded, ServerSays, Session
 from fp_client.rpc_objects import Transfer
-from fp_client.state import Outbox, Runs
+from fp_client.state import KEPT, Outbox, Runs
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,9 @@ was done, and one that brought a message before the server went away."""
 
 NO_USE = (UpdateRejected, TooLate, AlreadyDone, NotFound)
 """After these the server would refuse the same update again; whatever else a push ends with, the update is kept for another."""
+
+PLANS = 4
+"""Plans under way at a time: a server has one run."""
 
 Task = ProbeTask | Assignment
 
@@ -118,7 +123,7 @@ class Agent:
         """One session to its end; why it ended, when that is worth another try."""
         try:
             session = await self._open()
-        except UnreachableError as error:
+        except (UnreachableError, LimitError) as error:
             return error
         log.info("connected as %r (server %s)", session.device, session.server_version)
         self._session = session
@@ -141,6 +146,8 @@ class Agent:
             if known is not None and known[0] == said:  # |D_n| and budget are fixed when the device joins the run
                 await self._tell(known[1])
             elif said not in self._plans:
+                if len(self._plans) >= PLANS:
+                    raise ProtocolError(f"the server asks for more than {PLANS} plans at a time")
                 self._plans[said] = plan = asyncio.create_task(self._plan(said))
                 plan.add_done_callback(lambda _: self._plans.pop(said, None))
         elif isinstance(said, Cancel):
@@ -197,6 +204,8 @@ class Agent:
             self._policy.check_samples(report.samples)
             await asyncio.to_thread(self._runs.remember, spec)
             self._reports[spec.run] = (spec, report)
+            if len(self._reports) > KEPT:
+                del self._reports[next(iter(self._reports))]
             log.info("run %s: can take part: %s", spec.run, ", ".join(f"{c.gradient} {c.units} units" for c in report.capacities))
         except FedPrunerError as error:
             report = self._refusal(spec, fingerprint, error)
@@ -267,6 +276,8 @@ class Agent:
 
     async def _fetch(self, adapter: tuple[UnitObject, ...]) -> tuple[AdapterFile, ...]:
         total, done = sum(item.ref.size for item in adapter), 0
+        if total > self._cache.limit:
+            raise LimitError(f"the adapter has {total} bytes; client.toml allows {self._cache.limit} ([cache] max_size)")
         keep, files = frozenset(item.ref.digest for item in adapter), []
         for item in adapter:
             before = done

@@ -13,11 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from common.bucket import Bucket
 from common.errors import FedPrunerError, IdentityError, ProtocolError, UnreachableError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde, tls, wire
@@ -26,6 +28,12 @@ from fp_client.enroll import split_address
 
 ANSWER_SECONDS = 20.0
 """How long the server may take for Welcome or an offset."""
+WRITE_SECONDS = 60.0
+"""How long it may leave unread what this device says."""
+MESSAGES, BURST = 10.0, 50.0
+"""Messages a second that are read from a server, and how many at once."""
+MESSAGE = 2 << 20
+"""Bytes a server's message may have."""
 
 Translate = Callable[[grpc.aio.AioRpcError], Awaitable[FedPrunerError]]
 
@@ -76,9 +84,9 @@ def decode(message: session_pb2.ServerMessage) -> ServerSays:
     if body == "assignment":
         return serde.assignment_from_pb(message.assignment)
     if body == "cancel":
-        return Cancel(serde.key_from_pb(message.cancel.key), message.cancel.reason)
+        return Cancel(serde.key_from_pb(message.cancel.key), message.cancel.reason[: serde.TEXT])
     if body == "ended":
-        return RunEnded(message.ended.run, message.ended.outcome)
+        return RunEnded(serde.run_name(message.ended.run, "ended.run"), message.ended.outcome[: serde.TEXT])
     raise ProtocolError(f"the server sent an unexpected message ({body or 'empty'}); update fp-client")
 
 
@@ -136,7 +144,10 @@ class Session:
         """Raises UnreachableError when the stream has ended."""
         async with self._writing:
             try:
-                await self._call.write(encode(value))
+                await asyncio.wait_for(self._call.write(encode(value)), WRITE_SECONDS)
+            except TimeoutError:
+                self._call.cancel()
+                raise UnreachableError(f"the server has read nothing for {WRITE_SECONDS:.0f} s") from None
             except grpc.aio.AioRpcError as error:
                 raise await self._translate(error) from None
             except asyncio.InvalidStateError:
@@ -144,6 +155,7 @@ class Session:
 
     async def __aiter__(self) -> AsyncIterator[ServerSays]:
         """What the server says, until it ends the stream. Raises its error."""
+        bucket = Bucket(MESSAGES, BURST)
         while True:
             try:
                 message = await self._call.read()
@@ -153,6 +165,8 @@ class Session:
                 await _ended(self._call, self._translate)
                 return
             yield decode(message)
+            if (wait := bucket.take(monotonic())) > 0:
+                await asyncio.sleep(wait)
 
     async def close(self) -> None:
         """End our side; the server sees an ordinary end of stream."""
@@ -179,7 +193,7 @@ class Connection:
         # gRPC's own reconnect backoff grows to two minutes and would hide a server that is back.
         options = wire.options(
             wire.CHANNEL_OPTIONS, initial_reconnect_backoff_ms=200, min_reconnect_backoff_ms=2000, max_reconnect_backoff_ms=2000,
-            use_local_subchannel_pool=1,
+            use_local_subchannel_pool=1, max_receive_message_length=MESSAGE,
         )  # fmt: skip
         self.channel = grpc.aio.secure_channel(address, tls.client_credentials(directory), options)
         self._refusals = 0

@@ -10,10 +10,12 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import grpc.aio
 
-from common.errors import DigestError, FedPrunerError, OffsetError, ProtocolError, StorageError, UnreachableError
+from common.errors import DigestError, FedPrunerError, LimitError, OffsetError, ProtocolError, StorageError, UnreachableError
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde, wire
 from common.types import ObjectRef, UpdateReady
@@ -23,7 +25,10 @@ from fp_client.rpc import ANSWER_SECONDS, Connection
 MAX_OBJECT = 4 << 30
 """No adapter object is larger; a server that announces more is refused before a byte is fetched."""
 
-WAITED_OUT = (UnreachableError, StorageError)
+STALL_SECONDS, STALL_BYTES = 60.0, 64 << 10
+"""A fetch that brings fewer bytes in so many seconds is cut and tried again: a server that trickles is one that does not answer."""
+
+WAITED_OUT = (UnreachableError, StorageError, LimitError)
 """What only time can mend, where the server says it; the same StorageError about this device's own disk is final."""
 
 ASKED_AGAIN = (OffsetError, DigestError)
@@ -82,7 +87,7 @@ class Transfer:
                     raise DigestError(f"object {ref.digest[:12]}: {done} bytes, announced {ref.size}")
                 call = self._stub.Fetch(objects_pb2.FetchRequest(digest=ref.digest, offset=done))
                 try:
-                    async for chunk in call:
+                    async for chunk in self._steadily(call, ref):
                         done += len(chunk.data)
                         if done > ref.size:
                             raise DigestError(f"object {ref.digest[:12]}: more than the {ref.size} bytes announced")
@@ -98,6 +103,24 @@ class Transfer:
             raise UnreachableError(f"{self.connection.address}: sent {done} of {ref.size} bytes of object {ref.digest[:12]}")
         if digest.hexdigest() != ref.digest:
             raise DigestError(f"object {ref.digest[:12]}: the bytes received have digest {digest.hexdigest()[:12]}")
+
+    async def _steadily(self, call: Any, ref: ObjectRef) -> AsyncIterator[objects_pb2.Chunk]:
+        """A call's chunks. Raises UnreachableError when they come too slowly."""
+        chunks, came, ends = aiter(call), 0, monotonic() + STALL_SECONDS
+        try:
+            while True:
+                async with asyncio.timeout(ends - monotonic()):
+                    chunk = await anext(chunks)
+                came += len(chunk.data)
+                if came >= STALL_BYTES:
+                    came, ends = 0, monotonic() + STALL_SECONDS
+                yield chunk
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UnreachableError(
+                f"{self.connection.address}: sent {came} bytes of object {ref.digest[:12]} in {STALL_SECONDS:.0f} s"
+            ) from None
 
     async def push(self, ready: UpdateReady, path: Path, progress: OnBytes = lambda done, total: None) -> bool:
         """Push an update, going on from what the server has. True when it had been accepted before.

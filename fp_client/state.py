@@ -17,6 +17,10 @@ from common.types import Assignment, ObjectRef, RunSpec, TaskKey, UpdateMetrics,
 from fp_client.cache import storage_error
 
 
+KEPT = 64
+"""Runs that are remembered."""
+
+
 def _write(path: Path, value: object) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -42,8 +46,10 @@ class Runs:
         self.directory = directory
 
     def remember(self, spec: RunSpec) -> None:
-        """Keep a run's spec. Raises StorageError."""
+        """Keep a run's spec; of more than `KEPT` runs the oldest is forgotten. Raises StorageError."""
         _write(self.directory / f"{spec.run}.json", to_json(spec))
+        for old in sorted(self.directory.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)[:-KEPT]:
+            old.unlink(missing_ok=True)
 
     def get(self, run: str) -> RunSpec:
         """Raises NotFound when this device has not joined such a run."""

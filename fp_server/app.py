@@ -179,7 +179,7 @@ def _servers(limits: ServerLimits) -> tuple[grpc.aio.Server, grpc.aio.Server]:
 
 
 async def _serve(directory: Path, config: ServerConfig, database: Database) -> None:
-    store, authority = ObjectStore(directory), Authority(directory, database)
+    store, authority = ObjectStore(directory), Authority(directory, database, config.limits.tokens)
     store.clear_scratch()
     _renew(directory, config, authority)
     coordinator = Coordinator(config, EventLog(database), store)

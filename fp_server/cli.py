@@ -71,14 +71,24 @@ def _pin_malloc() -> None:
             mallopt(option, value)
 
 
+class _OneLine(logging.Formatter):
+    """A message is one line, whatever a device has written into it: it must not be able to forge other lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        message = record.message
+        if not message.isprintable():
+            record.message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        return super().formatMessage(record)
+
+
 @app.command(epilog="Example: `fp-server run --dir /srv/fp`")
 def run(
     dir: Directory = HERE, verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debug lines too.")] = False
 ) -> None:
     """Serve until SIGTERM; takes up again whatever was under way."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     for noisy in ("grpc", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _pin_malloc()

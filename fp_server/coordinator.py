@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from common.errors import (
     FedPrunerError,
     InUseError,
+    LimitError,
     NotFound,
     StorageError,
     TooLate,
@@ -37,6 +38,7 @@ from fp_server.commands import (
     Tick,
 )
 from fp_server.config import ServerConfig
+from fp_server.limits import OUTBOX, Complaints
 from fp_server.log import EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
@@ -75,6 +77,13 @@ class Session:
         self.reason = str(error)
         self.outbox.put_nowait(error)
 
+    def say(self, command: Send) -> None:
+        """Queue a message. A device that leaves too many unread is hung up: what it has missed is said again when it is back."""
+        if self.outbox.qsize() < OUTBOX:
+            self.outbox.put_nowait(command)
+        elif not self.reason:
+            self.close(LimitError(f"{self.device!r} has left {OUTBOX} messages unread"))
+
 
 class Coordinator:
     """All runs and all sessions of one server."""
@@ -84,6 +93,7 @@ class Coordinator:
         self.active: RunMachine | None = None
         self.names: list[str] = []
         self.sessions: dict[str, Session] = {}
+        self.complaints = Complaints()
         self._problems: dict[str, str] = {}
         self.changed = asyncio.Condition()
         self.lock = asyncio.Lock()
@@ -287,7 +297,7 @@ class Coordinator:
                 raise AssertionError("records are handled where they are made")
             case _:
                 if (session := self.sessions.get(command.device)) is not None:
-                    session.outbox.put_nowait(command)
+                    session.say(command)
 
     async def _choose(self, machine: RunMachine, command: Choose) -> None:
         loop = asyncio.get_running_loop()

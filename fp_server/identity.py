@@ -18,10 +18,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.errors import ConfigError, IdentityError, TokenError
+from common.errors import ConfigError, IdentityError, LimitError, TokenError
 from common.token import JoinToken, secret_hash
 from common.transport.tls import URI, Peer, ca_digest, key_pem, load_key, new_key, write_private
 from common.types import NAME
+from fp_server.limits import ServerLimits
 from fp_server.log import Database
 
 ROLES = ("device", "operator")
@@ -111,9 +112,10 @@ def _sign(
 class Authority:
     """Issues, looks up and revokes certificates."""
 
-    def __init__(self, directory: Path, database: Database) -> None:
+    def __init__(self, directory: Path, database: Database, most_tokens: int = ServerLimits().tokens) -> None:
         """Raises IdentityError when the directory has no usable CA."""
         self._directory, self._database = directory, database
+        self.most_tokens = most_tokens
         try:
             self.ca_pem = (directory / "ca.pem").read_text()
             self._ca = x509.load_pem_x509_certificate(self.ca_pem.encode())
@@ -162,9 +164,18 @@ class Authority:
             raise ConfigError(f"{role!r}: not a role ({' or '.join(ROLES)})")
         secret = secrets.token_urlsafe(32)
         row = (secret_hash(secret), name, role, time.time() + ttl)
-        await self._database.transact(
-            lambda c: c.execute("INSERT INTO tokens (hash, name, role, expires) VALUES (?, ?, ?, ?)", row).rowcount
-        )
+
+        def work(c: sqlite3.Connection) -> None:
+            c.execute("DELETE FROM tokens WHERE used_by IS NULL AND expires < ?", (time.time(),))
+            (waiting,) = c.execute("SELECT count(*) FROM tokens WHERE used_by IS NULL").fetchone()
+            if waiting >= self.most_tokens:
+                raise LimitError(
+                    f"{waiting} tokens wait to be used already, and server.toml allows no more (limits.tokens); "
+                    "they end by themselves, or with `fp-server revoke NAME`"
+                )
+            c.execute("INSERT INTO tokens (hash, name, role, expires) VALUES (?, ?, ?, ?)", row)
+
+        await self._database.transact(work)
         return JoinToken(enroll, server, ca_digest(self.ca_pem), secret)
 
     async def enroll(self, secret: str, csr_pem: str, days: float) -> tuple[str, str, str]:

@@ -14,7 +14,6 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from common.bucket import Bucket, Buckets
 from common.config import Section
-from common.transport.wire import CHUNK
 
 logger = logging.getLogger("fp_server")
 
@@ -39,7 +38,7 @@ ENROLL_MESSAGE = 64 << 10
 """Bytes a message to the enrollment port may have: anyone may send one."""
 SIZES = {
     "/fedpruner.v1.Sessions/Open": MESSAGE,
-    "/fedpruner.v1.Objects/Push": CHUNK + (64 << 10),
+    "/fedpruner.v1.Objects/Push": (1 << 20) + (64 << 10),  # a chunk and some
     "/fedpruner.v1.Admin/StartRun": (1 << 20) + (128 << 10),
 }
 """Bytes one message of a method may have."""

@@ -8,6 +8,7 @@ from fp_server import events as e
 from fp_server.commands import Connected
 from fp_server.config import RunConfig
 from fp_server.coordinator import Coordinator
+from fp_server.limits import RUN_FILE
 from fp_server.narrate import tell
 from fp_server.reports import reject
 from fp_server.rounds import RunMachine
@@ -16,6 +17,8 @@ from fp_server.work import parse_run, run_started
 
 async def start_run(coordinator: Coordinator, toml: str, manifest: ModelManifest) -> str:
     """Start a run. Raises ConfigError (bad file, name taken, another run active)."""
+    if len(toml.encode()) > RUN_FILE:
+        raise ConfigError(f"run file: has {len(toml.encode())} bytes, at most {RUN_FILE} are read")
     config: RunConfig = parse_run(toml, "run file")
     config.check(manifest)
     return await coordinator.whole(_start_run(coordinator, config, toml, manifest))

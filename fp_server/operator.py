@@ -25,6 +25,8 @@ from fp_server.config import ServerConfig
 
 TIMEOUT = 20.0
 """Seconds an operator's call may take."""
+STATUS = 64 << 20
+"""Bytes a status may have."""
 
 EVERYWHERE = ("0.0.0.0", "::", "[::]")
 """Listening on all addresses, localhost among them."""
@@ -49,7 +51,8 @@ class Operator:
         port, listen = read_endpoint(directory).port, configuration.load(directory / "server.toml", ServerConfig).listen
         self.address = host_port("localhost" if listen in EVERYWHERE else listen, port)
         # The certificate always names localhost; the address that is listened on need not be in it.
-        self._options = options(CHANNEL_OPTIONS, ssl_target_name_override="localhost")
+        # A status of a thousand devices is larger than gRPC's default limit; the server is the operator's own.
+        self._options = options(CHANNEL_OPTIONS, ssl_target_name_override="localhost", max_receive_message_length=STATUS)
         self._credentials = client_credentials(directory, "operator")
 
     def _run(self, call: Callable[[admin_pb2_grpc.AdminAsyncStub], Awaitable[T]]) -> T:

@@ -10,7 +10,8 @@ from typing import Any
 
 import grpc.aio
 
-from common.errors import FedPrunerError, ProtocolError
+from common.bucket import Bucket
+from common.errors import FedPrunerError, LimitError, ProtocolError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer, peer_of
@@ -18,13 +19,13 @@ from common.transport.wire import errors_to_status
 from fp_server import commands as c
 from fp_server import reports
 from fp_server.coordinator import Coordinator, Session
+from fp_server.hangup import address_of, hang_up
 from fp_server.identity import Authority
+from fp_server.limits import HELLO_SECONDS, WRITE_SECONDS
 
 VERSION = "0.1.0"
 MESSAGES, BURST = 10.0, 50.0
 """Messages a second that are read from a device, and how many at once; more of them wait on the device's side."""
-HELLO_TIMEOUT = 30.0
-"""Seconds a new session may take to say Hello."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -47,7 +48,7 @@ class Sessions(session_pb2_grpc.SessionsServicer):
         async with errors_to_status(context):
             peer = caller(context, self._authority, "device")
             await _expect_hello(context)
-            await context.write(session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION)))
+            await _say(peer, context, session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION)))
             session = Session(peer.name)
             try:
                 await self._coordinator.connect(session)
@@ -68,7 +69,7 @@ class Sessions(session_pb2_grpc.SessionsServicer):
                 command = speaking.result()
                 if isinstance(command, FedPrunerError):
                     raise command
-                await context.write(_encode(command))
+                await _say(peer, context, _encode(command))
         finally:
             if speaking is not None:
                 speaking.cancel()
@@ -105,24 +106,21 @@ class Sessions(session_pb2_grpc.SessionsServicer):
         await act
 
 
-class Bucket:
-    """A token bucket: `burst` messages at once, then `rate` a second."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self._rate, self._burst, self._left, self._at = rate, burst, burst, 0.0
-
-    def take(self, now: float) -> float:
-        """Count one message; returns how many seconds to wait before the next."""
-        self._left = min(self._burst, self._left + (now - self._at) * self._rate) - 1
-        self._at = now
-        return max(0.0, -self._left / self._rate)
+async def _say(peer: Peer, context: Context, message: session_pb2.ServerMessage) -> None:
+    """Raises LimitError, with the connection cut, when the device does not read: an orderly end would wait for it, too."""
+    try:
+        await asyncio.wait_for(context.write(message), WRITE_SECONDS)
+    except TimeoutError:
+        if (address := address_of(context.peer())) is not None:
+            await asyncio.to_thread(hang_up, address)
+        raise LimitError(f"{peer.name!r} has read nothing for {WRITE_SECONDS:.0f} s") from None
 
 
 async def _expect_hello(context: Context) -> None:
     try:
-        first = await asyncio.wait_for(context.read(), HELLO_TIMEOUT)
+        first = await asyncio.wait_for(context.read(), HELLO_SECONDS)
     except TimeoutError:
-        raise ProtocolError(f"no Hello within {HELLO_TIMEOUT:.0f} s") from None
+        raise ProtocolError(f"no Hello within {HELLO_SECONDS:.0f} s") from None
     if first is grpc.aio.EOF or first.WhichOneof("body") != "hello":
         raise ProtocolError("a session must begin with Hello")
     if first.hello.schema != serde.schema():

@@ -17,7 +17,9 @@ from common.types import UpdateReady
 from fp_server import commands as c
 from fp_server.coordinator import Coordinator
 from fp_server.identity import Authority
+from fp_server.limits import HELLO_SECONDS
 from fp_server.objects import Arrival
+from fp_server.quota import Quota
 from fp_server.reports import accept, reject
 from fp_server.service import Context, caller
 from fp_server.validation import check_metrics, check_update, update_bytes_limit
@@ -43,6 +45,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
     def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
         self._coordinator, self._authority = coordinator, authority
         self._pushing: dict[str, _Push] = {}
+        self._quota = Quota(coordinator.store.partial, coordinator.config.limits)
         self._checking = asyncio.Semaphore(1)  # memory must not grow with the number of devices that push at once
 
     async def Fetch(self, request: objects_pb2.FetchRequest, context: Context) -> AsyncIterator[objects_pb2.Chunk]:  # noqa: N802
@@ -83,7 +86,10 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             try:
                 if older is not None:
                     await older.give_way()
-                first = await context.read()
+                try:
+                    first = await asyncio.wait_for(context.read(), HELLO_SECONDS)
+                except TimeoutError:
+                    raise ProtocolError(f"no header within {HELLO_SECONDS:.0f} s") from None
                 if first is grpc.aio.EOF or first.WhichOneof("body") != "header":
                     raise ProtocolError("a push must begin with its header")
                 ready = serde.ready_from_pb(first.header)
@@ -121,13 +127,14 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             await reject(self._coordinator, device, ready.key, ProtocolError(text))
             raise ProtocolError(text)
         arrival = self._coordinator.store.arrival(device, ready.ref)
-        have = await asyncio.to_thread(arrival.open)
-        try:
-            if offset != have:
-                raise OffsetError(f"the push begins at byte {offset}, expected {have}; ask Offset first")
-            await self._append(device, ready, arrival, context)
-        finally:
-            await asyncio.shield(asyncio.to_thread(arrival.close))
+        async with self._quota.held(device, ready.ref.size):
+            have = await asyncio.to_thread(arrival.open)
+            try:
+                if offset != have:
+                    raise OffsetError(f"the push begins at byte {offset}, expected {have}; ask Offset first")
+                await self._append(device, ready, arrival, context)
+            finally:
+                await asyncio.shield(asyncio.to_thread(arrival.close))
         path = await asyncio.to_thread(arrival.finish)
         try:
             norm = machine.config.limits.max_update_norm

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 import grpc.aio
 
-from common.errors import BY_NAME, FedPrunerError, IdentityError, UnreachableError
+from common.errors import BY_NAME, FedPrunerError, IdentityError, LimitError, UnreachableError
 
 CHUNK = 1 << 20
 """Bytes a chunk: the fastest size on loopback, well under gRPC's default message limit."""
@@ -101,13 +101,13 @@ async def retrying(
     address: str,
     on_retry: Callable[[int, float, FedPrunerError], None] | None = None,
 ) -> T:
-    """Run `call` until it succeeds; only unreachability is retried, and at most `backoff.attempts` times."""
+    """Run `call` until it succeeds; only unreachability and limits are waited out, and at most `backoff.attempts` times."""
     for attempt in range(backoff.attempts):
         try:
             return await call()
         except grpc.aio.AioRpcError as raw:
             error = from_rpc_error(raw, address)
-            if not isinstance(error, UnreachableError) or attempt + 1 == backoff.attempts:
+            if not isinstance(error, (UnreachableError, LimitError)) or attempt + 1 == backoff.attempts:
                 raise error from None
         delay = backoff.delay(attempt)
         if on_retry is not None:

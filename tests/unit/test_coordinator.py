@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_rounds import MANIFEST, plan, probed, toml
 
+from common.bucket import Bucket
 from common.errors import StorageError
 from common.tensorfile import write_tensors
 from common.types import PlanReport, UpdateMetrics
@@ -22,7 +23,6 @@ from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 from fp_server.operations import start_run
 from fp_server.reports import plan_reported
-from fp_server.service import Bucket
 from fp_server.validation import expected_shapes
 
 
