@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 
@@ -14,19 +15,17 @@ class Bucket:
     def _fill(self, now: float) -> None:
         self._left, self._at = min(self._burst, self._left + (now - self._at) * self._rate), now
 
-    def take(self, now: float) -> float:
-        """Count one; returns how many seconds to wait before the next. A debt never exceeds another `burst`."""
+    def take(self, now: float, longest: float = math.inf) -> float:
+        """Count one; returns how many seconds it has to wait. One that had to wait longer than `longest` is not counted."""
         self._fill(now)
-        self._left = max(-self._burst, self._left - 1)
-        return max(0.0, -self._left / self._rate)
+        wait = max(0.0, (1 - self._left) / self._rate)
+        if wait <= longest:
+            self._left -= 1
+        return wait
 
     def allow(self, now: float) -> bool:
-        """Count one if there is room for it; whether there was."""
-        self._fill(now)
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+        """Count one if there is room for it now; whether there was."""
+        return self.take(now, 0.0) == 0.0
 
 
 class Buckets:
@@ -48,9 +47,9 @@ class Buckets:
         self._buckets.move_to_end(key)
         return bucket
 
-    def take(self, key: str, now: float) -> float:
+    def take(self, key: str, now: float, longest: float = math.inf) -> float:
         """`Bucket.take` of this key's bucket."""
-        return self._of(key).take(now)
+        return self._of(key).take(now, longest)
 
     def allow(self, key: str, now: float) -> bool:
         """`Bucket.allow` of this key's bucket."""

@@ -26,7 +26,7 @@ MAX_OBJECT = 4 << 30
 """No adapter object is larger; a server that announces more is refused before a byte is fetched."""
 
 STALL_SECONDS, STALL_BYTES = 60.0, 64 << 10
-"""A fetch that brings fewer bytes in so many seconds is cut and tried again: a server that trickles is one that does not answer."""
+"""A fetch that brings fewer bytes in so many seconds is cut and tried again: who trickles does not answer."""
 
 WAITED_OUT = (UnreachableError, StorageError, LimitError)
 """What only time can mend, where the server says it; the same StorageError about this device's own disk is final."""

@@ -16,7 +16,6 @@ from common.files import digest_file
 from common.types import Assignment, ObjectRef, RunSpec, TaskKey, UpdateMetrics, UpdateReady
 from fp_client.cache import storage_error
 
-
 KEPT = 64
 """Runs that are remembered."""
 

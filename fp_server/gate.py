@@ -185,7 +185,7 @@ class Gate(grpc.aio.ServerInterceptor):
             raise LimitError(
                 f"{key} opens sessions too often (one in {1 / n.OPENS:.0f} s); does a second daemon use its identity?"
             )
-        if (wait := self._rates.take(key, now)) > self._rules.wait:
+        if (wait := self._rates.take(key, now, self._rules.wait)) > self._rules.wait:
             raise LimitError(f"{key} calls too often ({self._rules.calls:.0f} a second); try again in {wait:.0f} s")
         if wait:
             await asyncio.sleep(wait)

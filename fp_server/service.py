@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import grpc.aio
 
 from common.bucket import Bucket
-from common.errors import FedPrunerError, LimitError, ProtocolError
+from common.errors import FedPrunerError, ProtocolError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer, peer_of
@@ -22,6 +23,8 @@ from fp_server.coordinator import Coordinator, Session
 from fp_server.hangup import address_of, hang_up
 from fp_server.identity import Authority
 from fp_server.limits import HELLO_SECONDS, WRITE_SECONDS
+
+logger = logging.getLogger("fp_server")
 
 VERSION = "0.1.0"
 MESSAGES, BURST = 10.0, 50.0
@@ -107,13 +110,16 @@ class Sessions(session_pb2_grpc.SessionsServicer):
 
 
 async def _say(peer: Peer, context: Context, message: session_pb2.ServerMessage) -> None:
-    """Raises LimitError, with the connection cut, when the device does not read: an orderly end would wait for it, too."""
+    """Say something. A device that does not read has its connection cut: an orderly end would wait for it, too."""
+    writing = asyncio.ensure_future(context.write(message))
     try:
-        await asyncio.wait_for(context.write(message), WRITE_SECONDS)
-    except TimeoutError:
-        if (address := address_of(context.peer())) is not None:
-            await asyncio.to_thread(hang_up, address)
-        raise LimitError(f"{peer.name!r} has read nothing for {WRITE_SECONDS:.0f} s") from None
+        if not (await asyncio.wait({writing}, timeout=WRITE_SECONDS))[0]:
+            logger.warning("device %s has read nothing for %.0f s; its connection is cut", peer.name, WRITE_SECONDS)
+            if (address := address_of(context.peer())) is not None:
+                await asyncio.to_thread(hang_up, address)
+        await writing
+    finally:
+        writing.cancel()
 
 
 async def _expect_hello(context: Context) -> None:

@@ -25,6 +25,7 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_metadata_size", 8 << 10),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # without it a frozen peer is found out after a minute more
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_retries", 0),

@@ -12,6 +12,8 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 
+_opened: list[socket.socket] = []
+
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     """One HTTP/2 frame (RFC 9113, section 4.1)."""
@@ -52,6 +54,7 @@ def message(body: bytes) -> bytes:
 def connect(port: int, timeout: float = 10.0) -> socket.socket:
     """A plain TCP connection, without delays of its own."""
     raw = socket.create_connection(("127.0.0.1", port), timeout)
+    _opened.append(raw)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return raw
 
@@ -63,7 +66,15 @@ def tls_connect(port: int, identity: Path, timeout: float = 10.0) -> ssl.SSLSock
     context.load_verify_locations(identity / "ca.pem")
     if (identity / "device.pem").exists():
         context.load_cert_chain(identity / "device.pem", identity / "device.key")
-    return context.wrap_socket(connect(port, timeout), server_hostname="localhost")
+    stream = context.wrap_socket(connect(port, timeout), server_hostname="localhost")
+    _opened.append(stream)
+    return stream
+
+
+def close_all() -> None:
+    """Close whatever was opened here."""
+    while _opened:
+        _opened.pop().close()
 
 
 def http2_connect(port: int, identity: Path, timeout: float = 10.0) -> ssl.SSLSocket:

@@ -544,7 +544,7 @@ def test_an_object_of_other_bytes_fails_the_task(tmp_path):
             await device.hears("probe", probe_task([UnitObject(0, ref)]))
             assert (await server.sessions.next("failed")).error == "DigestError"
             await device.hears("probe", probe_task([UnitObject(0, ObjectRef(ref.digest, 1 << 50))]))
-            assert "more than any adapter object" in (await server.sessions.next("failed")).message
+            assert "client.toml allows 1048576 ([cache] max_size)" in (await server.sessions.next("failed")).message
 
     against(tmp_path, body)
 
