@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install model demo test check unit contract integration server-alone gpu bench bench-server bench-probe bench-planner bench-7b bench-quarter bench-groups lab lab-report proto format clean
+.PHONY: help install model demo test check unit fuzz fuzz-report fuzz-sample contract integration server-alone gpu bench bench-server bench-probe bench-planner bench-7b bench-quarter bench-groups lab lab-report proto format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,7 +32,7 @@ $(MODEL)/model.safetensors: | $(STAMP)
 demo: $(STAMP) model ## A real federated run: a server and six devices on this machine
 	$(BIN)/python examples/demo.py
 
-test: check unit contract integration ## Everything CI runs: checks, unit, contract and integration tests
+test: check unit fuzz-sample contract integration ## Everything CI runs: checks, unit, contract and integration tests
 
 check: $(STAMP) ## Lint, types, import contracts, proto drift
 	$(BIN)/ruff check .
@@ -59,6 +59,23 @@ server-alone: ## Install the server alone into a bare environment: no torch come
 	cd .cache && { server-venv/bin/fp-server run --dir server-alone & server=$$!; } && \
 	  for i in {1..100}; do test -f server-alone/endpoint.json && break; sleep 0.1; done; \
 	  server-venv/bin/fp-server status --dir server-alone; answered=$$?; kill -TERM $$server; wait $$server && test $$answered = 0
+
+FUZZ := .cache/fuzz
+SECONDS_EACH ?= 60
+
+# atheris has wheels for Linux; where it has none the fuzzer says that it is skipped and why.
+$(VENV)/.fuzz: $(STAMP)
+	@$(BIN)/python -m pip install -q --only-binary :all: -c constraints.txt 'atheris>=3.0' || echo "atheris has no wheel for this machine" >&2
+	@touch $@
+
+fuzz: $(VENV)/.fuzz ## Coverage-guided fuzzing of all decoders, the session and the agent (SECONDS_EACH=60 a target; goes on where it stopped)
+	$(BIN)/python -m tests.fuzz --dir $(FUZZ) --seconds $(SECONDS_EACH) $(TARGETS)
+
+fuzz-report: $(STAMP) ## Write what was fuzzed so far into docs/security.md
+	$(BIN)/python -m tests.fuzz --dir $(FUZZ) --report docs/security.md
+
+fuzz-sample: $(VENV)/.fuzz ## A few seconds of make fuzz
+	$(BIN)/python -m tests.fuzz --dir .cache/fuzz-sample --seconds 3 --sample
 
 gpu: $(STAMP) ## The tests that need a CUDA device
 	$(PYTEST) tests/gpu -m gpu

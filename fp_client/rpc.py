@@ -86,7 +86,7 @@ def decode(message: session_pb2.ServerMessage) -> ServerSays:
     if body == "cancel":
         return Cancel(serde.key_from_pb(message.cancel.key), message.cancel.reason[: serde.TEXT])
     if body == "ended":
-        return RunEnded(serde.run_name(message.ended.run, "ended.run"), message.ended.outcome[: serde.TEXT])
+        return RunEnded(serde.run_name(message.ended.run), message.ended.outcome[: serde.TEXT])
     raise ProtocolError(f"the server sent an unexpected message ({body or 'empty'}); update fp-client")
 
 

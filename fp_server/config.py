@@ -57,7 +57,7 @@ class RunSection(Section):
 
     name: str
     method: str = "fedpruner"
-    rounds: PositiveInt
+    rounds: int = Field(ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**32)
     min_devices: PositiveInt = 2
     """A round opens when this many able devices are connected."""
@@ -149,9 +149,9 @@ class TrainSection(Section):
     """The longest a training step may take; devices plan for it, and "auto" chooses by it. 0: no limit."""
     fidelity: bool = False
     """Whether devices measure their gradient's cosine with the full model's before they train."""
-    steps: PositiveInt = 10
-    batch_size: PositiveInt = 16
-    sequence_length: int = Field(512, ge=8)
+    steps: int = Field(10, ge=1, lt=2**31)
+    batch_size: int = Field(16, ge=1, lt=2**31)
+    sequence_length: int = Field(512, ge=8, lt=2**31)
     learning_rate: PositiveFloat = 1e-4
     final_learning_rate: float = Field(5e-6, ge=0)
 
@@ -162,7 +162,7 @@ class ProbeSection(Section):
     positions: int = Field(512, ge=8, le=8192)
     kernel: Kernel = Kernel.LINEAR
     sample: Positions = Positions.CLEAN
-    batch_size: PositiveInt = 4
+    batch_size: int = Field(4, ge=1, lt=2**31)
 
 
 class PruningSection(Section):

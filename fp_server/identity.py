@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -183,10 +184,10 @@ class Authority:
         again after a lost reply. Raises TokenError, or IdentityError for a bad CSR."""
         try:
             csr = x509.load_pem_x509_csr(csr_pem.encode())
-            key = csr.public_key()
-        except ValueError:
+            key, signed = csr.public_key(), csr.is_signature_valid
+        except (ValueError, UnsupportedAlgorithm):
             raise IdentityError("the certificate request is not a PEM CSR") from None
-        if not csr.is_signature_valid or not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
+        if not signed or not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
             raise IdentityError("the certificate request must be signed by its own P-256 key")
         spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
         holder, hashed, now = secret_hash(spki.hex()), secret_hash(secret), time.time()
