@@ -331,7 +331,8 @@ def state(machine: Any) -> Any:
     return (
         {d: e.encode(p) for d, p in machine.plans.items()}, machine.ledger, machine.broadcast, machine.next_round,
         machine.attempt, machine.failures, machine.paused, machine.ended and e.encode(machine.ended),
-        machine.current and a_round(machine.current), [(a_round(one), commit and e.encode(commit)) for one, commit in machine.history],
+        machine.current and a_round(machine.current),
+        [(a_round(one), commit and e.encode(commit)) for one, commit in machine.history],
     )  # fmt: skip
 
 

@@ -94,7 +94,5 @@ def _value(field: FieldDescriptor, source: Source) -> Any:
 
 
 def _try(change: Any) -> None:
-    with contextlib.suppress(
-        ValueError, TypeError, OverflowError
-    ):  # more than the field's type holds: nor could the wire carry it
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # nor could the wire carry it
         change()
