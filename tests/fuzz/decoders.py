@@ -439,7 +439,7 @@ def _machine() -> RunMachine:
         key = types.TaskKey("toy-run", 0, attempt)
         machine.handle(e.RoundOpened("toy-run", key, ("a",), ("a",)), 0.0)
         machine.handle(e.RoundClosed("toy-run", key, False, "x"), 0.0)
-    assert len(machine.history) == 5
+    assert machine.history.total == 5
     return machine
 
 

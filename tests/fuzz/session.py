@@ -58,8 +58,8 @@ class MemoryLog:
     def runs(self) -> list[str]:
         return [run for run, _, kind, _ in self.rows if kind == "RunStarted"]
 
-    def replay(self, run: str) -> Any:
-        return ((at, e.decode(kind, body)) for name, at, kind, body in list(self.rows) if name == run)
+    def replay(self, run: str, first: int = 0) -> Any:
+        return ((at, e.decode(kind, body)) for name, at, kind, body in self.rows[first:] if name == run)
 
     def of(self, kind: type) -> list[Any]:
         return [e.decode(kind.__name__, body) for _, _, name, body in self.rows if name == kind.__name__]
