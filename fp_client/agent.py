@@ -90,7 +90,14 @@ class Agent:
         self._reports: dict[str, tuple[RunSpec, PlanReport]] = {}
         self._one = asyncio.Lock()
         self._progress = ("", 0, 0)
-        self._heard = self._worked = False
+        self._heard = self._worked = self._again = False
+
+    async def reconnect(self) -> None:
+        """Open the session anew at once: the certificate was renewed, and a server ends what an older one opened when that one
+        ends. A task under way goes on."""
+        self._again = True
+        if self._session is not None:
+            await self._session.finish()
 
     async def run(self) -> None:
         """Stay connected. Raises UnreachableError after bounded tries, IdentityError, ProtocolError (other schema)."""
@@ -99,6 +106,9 @@ class Agent:
             while True:
                 begin, self._heard, self._worked = monotonic(), False, False
                 error = await self._one_session()
+                if self._again:
+                    self._again = False
+                    continue
                 away = isinstance(error, UnreachableError)
                 if self._worked or (away and self._heard) or monotonic() - begin > SETTLED_SECONDS:
                     failures = 0

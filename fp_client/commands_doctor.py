@@ -76,10 +76,10 @@ class Doctor:
 
     def _certificate(self) -> str:
         from common.transport import tls
+        from fp_client.renewal import describe
 
         tls.client_credentials(self.directory)
-        certificate = tls.check_validity(self.directory / "device.pem")
-        return f"valid until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+        return describe(self.directory / "device.pem")
 
     def _packages(self) -> str:
         found, missing = [], []

@@ -13,12 +13,11 @@ import grpc.aio
 from common.errors import FedPrunerError, ProtocolError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde
-from common.transport.tls import Peer, peer_of
 from common.transport.wire import errors_to_status
 from fp_server import commands as c
 from fp_server import reports
+from fp_server.access import Access, Context
 from fp_server.coordinator import Coordinator, Session
-from fp_server.identity import Authority
 
 VERSION = "0.1.0"
 MESSAGES, BURST = 10.0, 50.0
@@ -26,37 +25,27 @@ MESSAGES, BURST = 10.0, 50.0
 HELLO_TIMEOUT = 30.0
 """Seconds a new session may take to say Hello."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def caller(context: Context, authority: Authority, role: str) -> Peer:
-    """Who calls. Raises IdentityError for another role or a revoked certificate."""
-    peer = peer_of({key: list(values) for key, values in context.auth_context().items()})
-    authority.check(peer, role)
-    return peer
-
 
 class Sessions(session_pb2_grpc.SessionsServicer):
     """Device sessions."""
 
-    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
-        self._coordinator, self._authority = coordinator, authority
+    def __init__(self, coordinator: Coordinator, access: Access) -> None:
+        self._coordinator, self._access = coordinator, access
 
     async def Open(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """One device's session, for as long as it lasts."""
-        async with errors_to_status(context):
-            peer = caller(context, self._authority, "device")
+        async with errors_to_status(context), self._access.admitted(context, "Open", "device") as peer:
             await _expect_hello(context)
             await context.write(session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION)))
             session = Session(peer.name)
             try:
                 await self._coordinator.connect(session)
-                await self._serve(peer, session, context)
+                await self._serve(session, context)
             finally:
                 await asyncio.shield(self._coordinator.disconnect(session))
 
-    async def _serve(self, peer: Peer, session: Session, context: Context) -> None:
-        listening = asyncio.create_task(self._listen(peer, context))
+    async def _serve(self, session: Session, context: Context) -> None:
+        listening = asyncio.create_task(self._listen(session.device, context))
         speaking: asyncio.Task[c.Send | FedPrunerError] | None = None
         try:
             while True:
@@ -76,11 +65,10 @@ class Sessions(session_pb2_grpc.SessionsServicer):
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await listening
 
-    async def _listen(self, peer: Peer, context: Context) -> None:
+    async def _listen(self, device: str, context: Context) -> None:
         bucket = Bucket(MESSAGES, BURST)
         while (message := await context.read()) is not grpc.aio.EOF:
-            self._authority.check(peer, "device")  # a session may outlive its certificate
-            await self._hear(peer.name, message)
+            await self._hear(device, message)
             if (wait := bucket.take(time.monotonic())) > 0:  # not reading is what slows the sender down
                 await asyncio.sleep(wait)
 

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import grpc.aio
 from cryptography import x509
 from fake_ca import FakeCa
@@ -187,8 +188,9 @@ class FakeServer:
         enroll_pb2_grpc.add_EnrollmentServicer_to_server(self.enrollment, self._server)
         session_pb2_grpc.add_SessionsServicer_to_server(self.sessions, self._server)
         objects_pb2_grpc.add_ObjectsServicer_to_server(self.objects, self._server)
-        self.port = self._server.add_secure_port(f"localhost:{self.port}", tls.server_credentials(certificate, key, self.ca.pem))
-        self.enroll_port = self._server.add_secure_port("localhost:0", tls.server_credentials(certificate, key, None))
+        mutual = grpc.ssl_server_credentials([(key, certificate)], self.ca.pem, require_client_auth=True)
+        self.port = self._server.add_secure_port(f"localhost:{self.port}", mutual)
+        self.enroll_port = self._server.add_secure_port("localhost:0", grpc.ssl_server_credentials([(key, certificate)]))
         await self._server.start()
 
     async def stop(self) -> None:
