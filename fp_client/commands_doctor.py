@@ -72,7 +72,10 @@ class Doctor:
 
     def _policy(self) -> str:
         policy = load_policy(self.directory)
-        return f"at most {policy.max_steps} steps, {policy.max_sequence_length} tokens a row, rank {policy.max_rank}"
+        return (
+            f"at most {policy.max_steps} steps, {policy.max_sequence_length} tokens a row, rank {policy.max_rank}, "
+            f"{human(policy.max_upload)} sent a round, {policy.max_tasks_a_day} tasks a day"
+        )
 
     def _certificate(self) -> str:
         from common.transport import tls

@@ -11,7 +11,6 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import grpc.aio
 from common.errors import FedPrunerError, IdentityError, ProtocolError, UnreachableError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde, tls, wire
-from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, Progress, RunSpec, TaskFailed, TaskKey
+from fp_client.says import DeviceSays, ServerSays, decode, encode, plain
 
 log = logging.getLogger(__name__)
 
@@ -46,53 +45,6 @@ def software_version() -> str:
         return metadata.version("fedpruner")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """The server drops a task."""
-
-    key: TaskKey
-    reason: str
-
-
-@dataclass(frozen=True)
-class RunEnded:
-    """A run is over; `outcome` is finished, stopped or failed."""
-
-    run: str
-    outcome: str
-
-
-ServerSays = RunSpec | ProbeTask | Assignment | Cancel | RunEnded
-DeviceSays = PlanReport | ProbeReport | Progress | TaskFailed
-
-
-def decode(message: session_pb2.ServerMessage) -> ServerSays:
-    """A server's message as a value. Raises ProtocolError for one that has no place here."""
-    body = message.WhichOneof("body")
-    if body == "plan":
-        return serde.run_spec_from_pb(message.plan.spec)
-    if body == "probe":
-        return serde.probe_task_from_pb(message.probe)
-    if body == "assignment":
-        return serde.assignment_from_pb(message.assignment)
-    if body == "cancel":
-        return Cancel(serde.key_from_pb(message.cancel.key), message.cancel.reason)
-    if body == "ended":
-        return RunEnded(message.ended.run, message.ended.outcome)
-    raise ProtocolError(f"the server sent an unexpected message ({body or 'empty'}); update fp-client")
-
-
-def encode(value: DeviceSays) -> session_pb2.DeviceMessage:
-    """A value as a device's message."""
-    if isinstance(value, PlanReport):
-        return session_pb2.DeviceMessage(plan=serde.plan_report_to_pb(value))
-    if isinstance(value, ProbeReport):
-        return session_pb2.DeviceMessage(probe=serde.probe_report_to_pb(value))
-    if isinstance(value, Progress):
-        return session_pb2.DeviceMessage(progress=serde.progress_to_pb(value))
-    return session_pb2.DeviceMessage(failed=serde.failed_to_pb(value))
 
 
 def diagnose(directory: Path, address: str, timeout: float = 5.0) -> IdentityError | None:
@@ -275,7 +227,7 @@ class Connection:
             held.callback(call.cancel)
             welcome = await self._greet(call)
             self._refusals = 0
-            return Session(call, held.pop_all(), welcome.device[:64], welcome.version[:40], self.translate)
+            return Session(call, held.pop_all(), plain(welcome.device, 64), plain(welcome.version, 40), self.translate)
 
     async def _greet(self, call: Any) -> session_pb2.Welcome:
         message: Any

@@ -83,6 +83,8 @@ class Transfer:
                 call = objects_pb2_grpc.ObjectsStub(channel).Fetch(objects_pb2.FetchRequest(digest=ref.digest, offset=done))
                 try:
                     async for chunk in call:
+                        if not chunk.data:
+                            raise ProtocolError(f"object {ref.digest[:12]}: the server sent a piece of nothing")
                         done += len(chunk.data)
                         if done > ref.size:
                             raise DigestError(f"object {ref.digest[:12]}: more than the {ref.size} bytes announced")
@@ -99,13 +101,24 @@ class Transfer:
         if digest.hexdigest() != ref.digest:
             raise DigestError(f"object {ref.digest[:12]}: the bytes received have digest {digest.hexdigest()[:12]}")
 
-    async def push(self, ready: UpdateReady, path: Path, progress: OnBytes = lambda done, total: None) -> bool:
+    async def push(
+        self, ready: UpdateReady, path: Path, progress: OnBytes = lambda done, total: None,
+        allowed: Callable[[int], None] = lambda sent: None,
+    ) -> bool:  # fmt: skip
         """Push an update, going on from what the server has. True when it had been accepted before.
 
-        Raises TooLate, AlreadyDone, UpdateRejected, NotFound, and after bounded tries UnreachableError, OffsetError,
-        DigestError and the server's StorageError; StorageError when the update can't be read here.
+        `allowed` is asked before each try about the bytes that will have been sent after it, those sent again included.
+
+        Raises TooLate, AlreadyDone, UpdateRejected, NotFound, what `allowed` does, and after bounded tries UnreachableError,
+        OffsetError, DigestError and the server's StorageError; StorageError when the update can't be read here.
         """
-        tries, again, best = 0, 0, 0
+        tries, again, best, sent, at = 0, 0, 0, 0, 0
+
+        def note(done: int, total: int) -> None:
+            nonlocal sent, at
+            sent, at = sent + done - at, done
+            progress(done, total)
+
         while True:
             async with self.connection.using() as channel:
                 try:
@@ -118,8 +131,9 @@ class Transfer:
                         raise ProtocolError(f"the server asks for byte {reply.offset} of an update of {ready.ref.size}")
                     if reply.offset >= best + wire.CHUNK:
                         tries = again = 0
-                    best = max(best, reply.offset)
-                    done = await stub.Push(_pieces(ready, reply.offset, path, progress))
+                    best, at = max(best, reply.offset), reply.offset
+                    allowed(sent + ready.ref.size - reply.offset)
+                    done = await stub.Push(_pieces(ready, reply.offset, path, note))
                     return bool(done.duplicate)
                 except grpc.aio.AioRpcError as raw:
                     error = await self.connection.translate(raw, channel)

@@ -54,6 +54,17 @@ def _name(value: str, field: str) -> str:
     return value
 
 
+def run_name(value: str) -> str:
+    """A run's name that stands alone in a message: it becomes part of file names. Raises ProtocolError."""
+    return _name(value, "run")
+
+
+def _words(value: str, most: int, field: str) -> str:
+    if len(value) > most:
+        raise ProtocolError(f"{field}: {len(value)} characters, at most {most} are allowed")
+    return value
+
+
 def _digest(value: str, field: str) -> str:
     if _DIGEST.fullmatch(value) is None:
         raise ProtocolError(f"{field}: {value[:80]!r} is not a sha256 digest")
@@ -160,7 +171,7 @@ def train_spec_from_pb(m: types_pb2.TrainSpec) -> t.TrainSpec:
         learning_rate=_finite(m.learning_rate, "train.learning_rate"),
         rank=m.rank,
         alpha=_finite(m.alpha, "train.alpha"),
-        targets=tuple(m.targets),
+        targets=tuple(_words(target, 200, "train.targets") for target in m.targets[:MAX_UNITS]),
         seed=m.seed,
         dropout=_finite(m.dropout, "train.dropout"),
         gradient=_enum(t.Gradient, m.gradient, "train.gradient"),
@@ -186,9 +197,9 @@ def run_spec_from_pb(m: types_pb2.RunSpec) -> t.RunSpec:
     """Message -> RunSpec."""
     return t.RunSpec(
         run=_name(m.run, "spec.run"),
-        model=m.model,
+        model=_words(m.model, 200, "spec.model"),
         fingerprint=_digest(m.fingerprint, "spec.fingerprint"),
-        method=m.method,
+        method=_words(m.method, 64, "spec.method"),
         part=_part(m.part, "spec.part"),
         train=train_spec_from_pb(m.train),
         probe=probe_spec_from_pb(m.probe),

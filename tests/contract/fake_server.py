@@ -131,6 +131,8 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
         self.fetch_errors: list[FedPrunerError] = []
         self.push_errors: list[FedPrunerError] = []
         self.lose_replies = 0
+        self.forgets = self.empty = False
+        """Hostile: takes a whole update and wants it again; sends pieces of nothing, without end."""
 
     def put(self, data: bytes) -> Any:
         from common.types import ObjectRef
@@ -143,6 +145,8 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
         self.offsets.append(request.offset)
         if self.fetch_errors:
             await wire.abort(context, self.fetch_errors.pop(0))
+        while self.empty:
+            yield objects_pb2.Chunk()
         data = self.objects[request.digest]
         end = self.cuts.pop(0) if self.cuts else len(data)
         for start in range(request.offset, end, wire.CHUNK):
@@ -176,6 +180,9 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
             if cut is not None and len(self.received) >= cut:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
         assert hashlib.sha256(self.received).hexdigest() == header.ref.digest
+        if self.forgets:
+            self.received.clear()
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
         self.accepted[header.ref.digest] = bytes(self.received)
         self.metrics.append(header.metrics)
         self.received.clear()

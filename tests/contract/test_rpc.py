@@ -25,8 +25,9 @@ from common.pb import session_pb2
 from common.transport import serde, wire
 from common.types import ObjectRef, Progress, TaskKey, UpdateMetrics, UpdateReady
 from fp_client.cache import ObjectCache
-from fp_client.rpc import Cancel, Connection, RunEnded
+from fp_client.rpc import Connection
 from fp_client.rpc_objects import AGAIN, MAX_OBJECT, Transfer
+from fp_client.says import Cancel, RunEnded
 
 QUICK = wire.Backoff(first=0.01, longest=0.02, attempts=4)
 KEY = TaskKey("r", 0, 0)
