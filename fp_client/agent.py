@@ -232,7 +232,7 @@ class Agent:
             await cancel(beat)
 
     async def _probe(self, spec: RunSpec, task: ProbeTask) -> None:
-        self._guard.probe(spec, task)
+        self._guard.probe(spec, task, self._plans.report(spec.run))
         same_weights(spec, await self._work.fingerprint(spec, self._note))
         if self._policy.tells(task):
             adapter = await self._fetch(task.adapter)

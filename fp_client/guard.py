@@ -37,10 +37,10 @@ class Guard:
         sanity.check_run(spec)
         self._count()
 
-    def probe(self, spec: RunSpec, task: ProbeTask) -> None:
+    def probe(self, spec: RunSpec, task: ProbeTask, report: PlanReport | None) -> None:
         """May this be measured? Raises PolicyError, ProtocolError."""
         self.policy.check_probe(spec, task)
-        sanity.check_probe(spec, task)
+        sanity.check_probe(spec, task, report)
         self._begin(task.key)
 
     def assignment(self, spec: RunSpec, task: Assignment, report: PlanReport | None) -> None:

@@ -19,7 +19,7 @@ AT_ONCE = 4
 """Plan requests that may wait for their answer: a server has one active run, and may change it."""
 KEPT = 16
 """Reports that are remembered."""
-WORDS = 2000
+WORDS = 500
 """The longest reason told to a server, in characters."""
 
 

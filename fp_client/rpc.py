@@ -85,9 +85,25 @@ class Session:
         self.device, self.server_version = device, version
         self._call, self._held, self._translate = call, held, translate
         self._writing = asyncio.Lock()
+        self._sending: set[asyncio.Task[None]] = set()
 
     async def send(self, value: DeviceSays) -> None:
-        """Raises UnreachableError when the stream has ended."""
+        """Raises UnreachableError when the stream has ended.
+
+        A message that was begun is written whole although its sender is cancelled meanwhile (its task is dropped, say): gRPC
+        ends the whole stream when a write is cancelled.
+        """
+        sending = asyncio.create_task(self._send(value))
+        self._sending.add(sending)
+        sending.add_done_callback(self._sent)
+        await asyncio.shield(sending)
+
+    def _sent(self, sending: asyncio.Task[None]) -> None:
+        self._sending.discard(sending)
+        if not sending.cancelled():
+            sending.exception()  # nobody waits for it any more when its sender was cancelled
+
+    async def _send(self, value: DeviceSays) -> None:
         async with self._writing:
             try:
                 await self._call.write(encode(value))

@@ -25,7 +25,6 @@ from common.types import (
     TaskKey,
     TrainSpec,
     UnitId,
-    UnitObject,
 )
 
 TARGETS = 64
@@ -69,19 +68,16 @@ def _check_probe(spec: ProbeSpec) -> None:
     _at_least("probe.sequence_length", spec.sequence_length, 2)
 
 
-def check_probe(spec: RunSpec, task: ProbeTask) -> None:
-    """Is this a probe of that run? Raises ProtocolError."""
+def check_probe(spec: RunSpec, task: ProbeTask, report: PlanReport | None) -> None:
+    """Is this a probe of that run? `report`: what the device said it can hold, where it is remembered. Raises ProtocolError."""
     _check_key(spec, task.key, evaluation=not task.similarity)
     _same("probe", replace(spec.probe, seed=task.spec.seed), task.spec)
     _demand(spec.similarity or not task.similarity, "similarity", True, "the run said it would not ask for it")
-    _check_adapter(task.adapter)
+    _inside("adapter", [UnitId(item.layer) for item in task.adapter], report, spec.part is Part.LAYER)
 
 
 def check_assignment(spec: RunSpec, task: Assignment, report: PlanReport | None) -> None:
-    """Is this an assignment of that run? `report`: what the device said it can hold, where it is remembered.
-
-    Raises ProtocolError.
-    """
+    """Is this an assignment of that run? `report` as for `check_probe`. Raises ProtocolError."""
     _check_key(spec, task.key, evaluation=False)
     _check_rate(task.spec.learning_rate)
     asked = replace(spec.train, seed=task.spec.seed, learning_rate=task.spec.learning_rate)
@@ -91,7 +87,7 @@ def check_assignment(spec: RunSpec, task: Assignment, report: PlanReport | None)
     _same("train", asked, task.spec)
     _demand(task.micro_batch <= task.spec.batch_size, "micro_batch", task.micro_batch, f"a batch has {task.spec.batch_size} rows")
     _check_units(spec, task, report)
-    _check_adapter(task.adapter)
+    _inside("adapter", [UnitId(item.layer) for item in task.adapter], report, spec.part is Part.LAYER)
 
 
 def _check_units(spec: RunSpec, task: Assignment, report: PlanReport | None) -> None:
@@ -106,18 +102,20 @@ def _check_units(spec: RunSpec, task: Assignment, report: PlanReport | None) -> 
         _demand(all(0 <= p <= 1.000001 for p in probabilities), "groups", "a probability", "it must be from 0 to 1")
     grouped = [unit for group in task.groups for unit in group]
     _demand(len(grouped) == len(set(grouped)), "groups", f"{len(grouped)} units", "one is in two groups")
+    _inside("units", task.units, report, whole)
+    _inside("groups", grouped, report, whole)
     if report is None:
         return
-    _inside("units", task.units, len(report.unit_bytes), whole)
-    _inside("groups", grouped, len(report.unit_bytes), whole)
     capacity = report.capacity(task.spec.gradient)
     _demand(capacity is not None, "train.gradient", task.spec.gradient, "this device did not offer that mode")
     if capacity is not None:
         _demand(len(task.units) <= capacity.units, "units", len(task.units), f"this device said it can hold {capacity.units}")
 
 
-def _inside(field: str, units: Sequence[UnitId], count: int, whole: bool) -> None:
-    layers = count if whole else count // 2
+def _inside(field: str, units: Sequence[UnitId], report: PlanReport | None, whole: bool) -> None:
+    if report is None:  # the worker looks at the model itself
+        return
+    layers = len(report.unit_bytes) // (1 if whole else 2)
     for unit in units:
         _demand(unit.layer < layers, field, unit.label, f"the model has {layers} layers")
 
@@ -125,11 +123,6 @@ def _inside(field: str, units: Sequence[UnitId], count: int, whole: bool) -> Non
 def _check_key(spec: RunSpec, key: TaskKey, evaluation: bool) -> None:
     last = spec.rounds + (1 if evaluation else 0)  # a round that only measures comes once after the last that trains
     _demand(key.round < last, "round", key.round + 1, f"the run has {spec.rounds}")
-
-
-def _check_adapter(adapter: tuple[UnitObject, ...]) -> None:
-    layers = [item.layer for item in adapter]
-    _demand(len(layers) == len(set(layers)), "adapter", f"{len(layers)} objects", "a layer has two")
 
 
 def _same(what: str, planned: object, asked: object) -> None:

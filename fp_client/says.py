@@ -43,7 +43,7 @@ def decode(message: session_pb2.ServerMessage) -> ServerSays:
     """A server's message as a value. Raises ProtocolError for one that has no place here, or does not say what it is about."""
     body = message.WhichOneof("body")
     if body == "plan":
-        run = serde.run_name(message.plan.spec.run)
+        run = serde.run_name(message.plan.spec.run, "spec.run")
         try:
             return serde.run_spec_from_pb(message.plan.spec)
         except ProtocolError as error:
@@ -57,7 +57,7 @@ def decode(message: session_pb2.ServerMessage) -> ServerSays:
     if body == "cancel":
         return Cancel(serde.key_from_pb(message.cancel.key), plain(message.cancel.reason))
     if body == "ended":
-        return RunEnded(serde.run_name(message.ended.run), plain(message.ended.outcome))
+        return RunEnded(serde.run_name(message.ended.run, "ended.run"), plain(message.ended.outcome))
     raise ProtocolError(f"the server sent an unexpected message ({body or 'empty'}); update fp-client")
 
 
