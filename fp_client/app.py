@@ -20,6 +20,7 @@ from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
 from fp_client.config import ClientConfig, cache_dir, load_config, need_server
 from fp_client.policy import load_policy
+from fp_client.renewal import stay_valid
 from fp_client.rpc import Connection
 from fp_client.rpc_objects import Transfer
 from fp_client.state import Outbox, Runs
@@ -88,6 +89,7 @@ async def serve(directory: Path) -> None:
         Runs(directory / "runs"), Outbox(directory / "outbox"), connection.backoff,
     )  # fmt: skip
     running = asyncio.create_task(agent.run())
+    renewing = asyncio.create_task(stay_valid(connection, agent.reconnect))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, running.cancel)
@@ -100,6 +102,8 @@ async def serve(directory: Path) -> None:
     except asyncio.CancelledError:
         log.info("stopped")
     finally:
+        renewing.cancel()
+        await asyncio.wait([renewing])
         await connection.close()
 
 

@@ -39,7 +39,7 @@ from fp_server.commands import (
 )
 from fp_server.config import ServerConfig
 from fp_server.limits import OUTBOX, Complaints
-from fp_server.log import EventLog
+from fp_server.log import Also, EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
@@ -222,13 +222,14 @@ class Coordinator:
 
     # -- the one way in --------------------------------------------------------------------------
 
-    async def post(self, happening: e.Event | Stimulus) -> None:
-        """Commit (if it is an event), hand in, do what is asked. Raises StorageError; then nothing happened.
+    async def post(self, happening: e.Event | Stimulus, also: Also | None = None) -> None:
+        """Commit (if it is an event; `also` in its transaction), hand in, do what is asked. Raises StorageError; then nothing
+        happened.
 
         What was begun is finished even when the caller is cancelled (its stream broke): an event that is in the
         log and not in the machine would be a state that no restart gives again.
         """
-        await self.whole(self._locked_post(happening))
+        await self.whole(self._locked_post(happening, also))
 
     async def whole(self, work: Coroutine[Any, Any, T]) -> T:
         """Finish `work` even when the caller is cancelled."""
@@ -237,11 +238,11 @@ class Coordinator:
         task.add_done_callback(self._writes.discard)
         return await asyncio.shield(task)
 
-    async def _locked_post(self, happening: e.Event | Stimulus) -> None:
+    async def _locked_post(self, happening: e.Event | Stimulus, also: Also | None) -> None:
         async with self.lock:
-            await self.post_locked(happening)
+            await self.post_locked(happening, also)
 
-    async def post_locked(self, happening: e.Event | Stimulus) -> None:
+    async def post_locked(self, happening: e.Event | Stimulus, also: Also | None = None) -> None:
         """`post`, for who holds the lock already."""
         machine = self.active
         if machine is None:
@@ -255,7 +256,7 @@ class Coordinator:
                     if item.run != machine.name:
                         return
                     try:
-                        await self.log.append(item, now)
+                        await self.log.append(item, now, also if item is happening else None)
                     except StorageError as error:
                         self.note("log", str(error))
                         if item is happening:

@@ -15,13 +15,12 @@ from common.bucket import Bucket
 from common.errors import FedPrunerError, ProtocolError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde
-from common.transport.tls import Peer, peer_of
 from common.transport.wire import errors_to_status
 from fp_server import commands as c
 from fp_server import reports
+from fp_server.access import Access, Context
 from fp_server.coordinator import Coordinator, Session
 from fp_server.hangup import address_of, hang_up
-from fp_server.identity import Authority
 from fp_server.limits import HELLO_SECONDS, WRITE_SECONDS
 
 logger = logging.getLogger("fp_server")
@@ -30,37 +29,29 @@ VERSION = "0.1.0"
 MESSAGES, BURST = 10.0, 50.0
 """Messages a second that are read from a device, and how many at once; more of them wait on the device's side."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def caller(context: Context, authority: Authority, role: str) -> Peer:
-    """Who calls. Raises IdentityError for another role or a revoked certificate."""
-    peer = peer_of({key: list(values) for key, values in context.auth_context().items()})
-    authority.check(peer, role)
-    return peer
-
 
 class Sessions(session_pb2_grpc.SessionsServicer):
     """Device sessions."""
 
-    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
-        self._coordinator, self._authority = coordinator, authority
+    def __init__(self, coordinator: Coordinator, access: Access) -> None:
+        self._coordinator, self._access = coordinator, access
 
     async def Open(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """One device's session, for as long as it lasts."""
-        async with errors_to_status(context):
-            peer = caller(context, self._authority, "device")
+        async with errors_to_status(context), self._access.admitted(context, "Open", "device") as peer:
             await _expect_hello(context)
-            await _say(peer, context, session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION)))
+            await _say(
+                peer.name, context, session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION))
+            )
             session = Session(peer.name)
             try:
                 await self._coordinator.connect(session)
-                await self._serve(peer, session, context)
+                await self._serve(session, context)
             finally:
                 await asyncio.shield(self._coordinator.disconnect(session))
 
-    async def _serve(self, peer: Peer, session: Session, context: Context) -> None:
-        listening = asyncio.create_task(self._listen(peer, context))
+    async def _serve(self, session: Session, context: Context) -> None:
+        listening = asyncio.create_task(self._listen(session.device, context))
         speaking: asyncio.Task[c.Send | FedPrunerError] | None = None
         try:
             while True:
@@ -72,7 +63,7 @@ class Sessions(session_pb2_grpc.SessionsServicer):
                 command = speaking.result()
                 if isinstance(command, FedPrunerError):
                     raise command
-                await _say(peer, context, _encode(command))
+                await _say(session.device, context, _encode(command))
         finally:
             if speaking is not None:
                 speaking.cancel()
@@ -80,11 +71,10 @@ class Sessions(session_pb2_grpc.SessionsServicer):
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await listening
 
-    async def _listen(self, peer: Peer, context: Context) -> None:
+    async def _listen(self, device: str, context: Context) -> None:
         bucket = Bucket(MESSAGES, BURST)
         while (message := await context.read()) is not grpc.aio.EOF:
-            self._authority.check(peer, "device")  # a session may outlive its certificate
-            await self._hear(peer.name, message)
+            await self._hear(device, message)
             if (wait := bucket.take(time.monotonic())) > 0:  # not reading is what slows the sender down
                 await asyncio.sleep(wait)
 
@@ -109,12 +99,12 @@ class Sessions(session_pb2_grpc.SessionsServicer):
         await act
 
 
-async def _say(peer: Peer, context: Context, message: session_pb2.ServerMessage) -> None:
+async def _say(device: str, context: Context, message: session_pb2.ServerMessage) -> None:
     """Say something. A device that does not read has its connection cut: an orderly end would wait for it, too."""
     writing = asyncio.ensure_future(context.write(message))
     try:
         if not (await asyncio.wait({writing}, timeout=WRITE_SECONDS))[0]:
-            logger.warning("device %s has read nothing for %.0f s; its connection is cut", peer.name, WRITE_SECONDS)
+            logger.warning("device %s has read nothing for %.0f s; its connection is cut", device, WRITE_SECONDS)
             if (address := address_of(context.peer())) is not None:
                 await asyncio.to_thread(hang_up, address)
         await writing

@@ -20,8 +20,10 @@ from common.pb import admin_pb2, enroll_pb2, objects_pb2, session_pb2, types_pb2
 
 MAX_UNITS = 4096
 """More units than any model has; bounds the U x U matrix a device may send."""
+MAX_TARGETS = 1024
+"""More modules than any layer has."""
 TEXT = 512
-"""Characters of a device's refusal: it stands in the log of every round the device is left out of."""
+"""Characters of a name or of a device's refusal, which stands in the log of every round it is left out of."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PARTS = {
@@ -56,14 +58,14 @@ def _name(value: str, field: str) -> str:
     return value
 
 
-def run_name(value: str) -> str:
-    """A run's name that stands alone in a message: it becomes part of file names. Raises ProtocolError."""
-    return _name(value, "run")
+def run_name(value: str, field: str) -> str:
+    """A run's name where it stands alone in a message: it becomes a file's name."""
+    return _name(value, field)
 
 
-def _words(value: str, most: int, field: str) -> str:
-    if len(value) > most:
-        raise ProtocolError(f"{field}: {len(value)} characters, at most {most} are allowed")
+def _text(value: str, field: str) -> str:
+    if len(value) > TEXT:
+        raise ProtocolError(f"{field}: {len(value)} characters, at most {TEXT} are read")
     return value
 
 
@@ -168,6 +170,8 @@ def train_spec_to_pb(spec: t.TrainSpec) -> types_pb2.TrainSpec:
 
 def train_spec_from_pb(m: types_pb2.TrainSpec) -> t.TrainSpec:
     """Message -> TrainSpec."""
+    if len(m.targets) > MAX_TARGETS:
+        raise ProtocolError(f"train.targets: {len(m.targets)} modules is more than any layer has")
     return t.TrainSpec(
         steps=m.steps,
         batch_size=m.batch_size,
@@ -175,7 +179,7 @@ def train_spec_from_pb(m: types_pb2.TrainSpec) -> t.TrainSpec:
         learning_rate=_finite(m.learning_rate, "train.learning_rate"),
         rank=m.rank,
         alpha=_finite(m.alpha, "train.alpha"),
-        targets=tuple(_words(target, 200, "train.targets") for target in m.targets[:MAX_UNITS]),
+        targets=tuple(_text(name, "train.targets") for name in m.targets),
         seed=m.seed,
         dropout=_finite(m.dropout, "train.dropout"),
         gradient=_enum(t.Gradient, m.gradient, "train.gradient"),
@@ -201,9 +205,9 @@ def run_spec_from_pb(m: types_pb2.RunSpec) -> t.RunSpec:
     """Message -> RunSpec."""
     return t.RunSpec(
         run=_name(m.run, "spec.run"),
-        model=_words(m.model, 200, "spec.model"),
+        model=_text(m.model, "spec.model"),
         fingerprint=_digest(m.fingerprint, "spec.fingerprint"),
-        method=_words(m.method, 64, "spec.method"),
+        method=_text(m.method, "spec.method"),
         part=_part(m.part, "spec.part"),
         train=train_spec_from_pb(m.train),
         probe=probe_spec_from_pb(m.probe),

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 import grpc.aio
 
-from common.errors import BY_NAME, FedPrunerError, IdentityError, LimitError, UnreachableError
+from common.errors import BY_NAME, ConfigError, FedPrunerError, IdentityError, LimitError, UnreachableError
 
 CHUNK = 1 << 20
 """Bytes a chunk: the fastest size on loopback, well under gRPC's default message limit."""
@@ -120,3 +120,11 @@ async def retrying(
 def options(base: Sequence[tuple[str, int]], **extra: int | str) -> list[tuple[str, Any]]:
     """gRPC options as the library wants them."""
     return [*base, *((f"grpc.{name}", value) for name, value in extra.items())]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """host:port, the host without brackets. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{address!r} is not host:port")
+    return host.strip("[]"), int(port)

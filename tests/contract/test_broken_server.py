@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 
 import pytest
 from fake_server import FakeObjects
-from test_agent import SPEC, Device, against, probe_task
+from test_agent import Device, against, probe_task
 from test_rpc import data_of, with_server
 
 from common.errors import LimitError, ProtocolError, UnreachableError
@@ -95,19 +94,5 @@ def test_a_server_that_has_no_room_is_asked_again(tmp_path):
             assert not device.running.done()
             server.sessions.refuse = None
             await device.until(lambda: server.sessions.opened == 1)
-
-    against(tmp_path, body)
-
-
-def test_a_server_that_asks_for_plans_without_end(tmp_path):
-    """A few at a time; then the session is over, and the daemon comes back to the next."""
-
-    async def body(server):
-        async with Device(server, tmp_path) as device:
-            async with device.agent._one:  # no plan gets done
-                for n in range(40):
-                    await device.hears("plan", dataclasses.replace(SPEC, run=f"run-{n}"))
-                await device.until(lambda: server.sessions.opened >= 2)
-            assert len(device.agent._plans) < 40
 
     against(tmp_path, body)

@@ -193,7 +193,7 @@ def test_wrong_flags(tmp_path, run):
 
 
 def test_every_command_has_help_with_an_example(run):
-    assert len(app.registered_commands) == 7
+    assert len(app.registered_commands) == 8
     for command in app.registered_commands:
         code, out, _ = run(command.callback.__name__, "--help")
         assert code == 0 and "Example:" in out

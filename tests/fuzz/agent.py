@@ -27,7 +27,7 @@ from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
 from fp_client.messages import TrainResult
 from fp_client.policy import Policy
-from fp_client.rpc import decode
+from fp_client.says import decode
 from fp_client.state import KEPT, Outbox, Runs
 from fuzz.decoders import METRICS, SERVER_MESSAGES, SPEC, message_of, shared_memory
 from fuzz.session import Alarm, Inline
@@ -82,7 +82,7 @@ class FakeTransfer:
             raise self._source.of((NotFound("gone"), DigestError("other bytes")))
         target.write_bytes(b"x")  # noqa: ASYNC240
 
-    async def push(self, ready: Any, path: Path, progress: Any) -> bool:
+    async def push(self, ready: Any, path: Path, progress: Any, allowed: Any) -> bool:
         await asyncio.sleep(0)
         if self._source.below(3) == 0:
             raise self._source.of((TooLate("late"), UnreachableError("away")))

@@ -35,7 +35,7 @@ from common.pb import objects_pb2, session_pb2
 from common.tensorfile import parse_header
 from common.token import JoinToken
 from common.transport import serde, tls
-from fp_client import messages, rpc
+from fp_client import messages, says
 from fp_client.config import ClientConfig
 from fp_client.pace import Pace
 from fp_client.policy import Policy
@@ -176,7 +176,7 @@ def server_message(data: bytes) -> None:
         return
     policy = Policy()
     try:
-        said = rpc.decode(m)
+        said = says.decode(m)
         if isinstance(said, types.RunSpec):
             policy.check_plan(said)
             assert codec.from_json(types.RunSpec, json.loads(json.dumps(codec.to_json(said)))) == said

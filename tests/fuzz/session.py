@@ -52,7 +52,7 @@ class MemoryLog:
     def __init__(self) -> None:
         self.rows: list[tuple[str, float, str, str]] = []
 
-    async def append(self, event: e.Event, at: float = 0.0) -> None:
+    async def append(self, event: e.Event, at: float = 0.0, also: Any = None) -> None:
         self.rows.append((event.run, at, *e.encode(event)))
 
     def runs(self) -> list[str]:

@@ -55,10 +55,10 @@ class SlowLog(EventLog):
 
     full = False
 
-    async def append(self, event, at=None):
+    async def append(self, event, at=None, also=None):
         if self.full:
             raise StorageError("the disk is full")
-        await super().append(event, at)
+        await super().append(event, at, also)
         await asyncio.sleep(0.05)
 
 
@@ -100,11 +100,11 @@ def test_what_follows_from_an_event_may_fail_without_taking_it_back(tmp_path, da
     class OneMore(EventLog):
         left = 10**6
 
-        async def append(self, event, at=None):
+        async def append(self, event, at=None, also=None):
             if not self.left:
                 raise StorageError("the disk is full")
             self.left -= 1
-            await super().append(event, at)
+            await super().append(event, at, also)
 
     log = OneMore(database)
 
