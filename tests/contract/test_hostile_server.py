@@ -417,29 +417,6 @@ def test_tasks_a_day_are_bounded_also_over_restarts_of_the_daemon(tmp_path):
     against(tmp_path, body)
 
 
-def test_messages_beyond_the_burst_wait(monkeypatch):
-    slept = []
-
-    async def sleep(seconds):
-        slept.append(seconds)
-
-    async def main():
-        now = [100.0]
-        monkeypatch.setattr(agent_module, "monotonic", lambda: now[0])
-        monkeypatch.setattr(agent_module.asyncio, "sleep", sleep)
-        pace = agent_module.Pace(10.0, 5.0)
-        for _ in range(5):
-            await pace.keep()
-        assert slept == []
-        await pace.keep()
-        assert slept == [pytest.approx(0.1)]
-        now[0] += 10.0
-        await pace.keep()
-        assert len(slept) == 1
-
-    asyncio.run(main())
-
-
 def test_an_update_is_not_sent_for_ever(tmp_path):
     """A server that takes the bytes and wants them again: what was sent counts, and the limit's name is told."""
     size = len(b"update of " + str(KEY).encode())
