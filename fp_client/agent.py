@@ -52,9 +52,6 @@ MESSAGES, BURST = 10.0, 100.0
 NO_USE = (UpdateRejected, TooLate, AlreadyDone, NotFound)
 """After these the server would refuse the same update again; whatever else a push ends with, the update is kept for another."""
 
-PLANS = 4
-"""Plans under way at a time: a server has one run."""
-
 Task = ProbeTask | Assignment
 
 

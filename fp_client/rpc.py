@@ -13,13 +13,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from common.bucket import Bucket
 from common.errors import FedPrunerError, IdentityError, ProtocolError, UnreachableError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde, tls, wire
@@ -31,9 +29,7 @@ ANSWER_SECONDS = 20.0
 """How long the server may take for Welcome or an offset."""
 WRITE_SECONDS = 60.0
 """How long it may leave unread what this device says."""
-MESSAGES, BURST = 10.0, 50.0
-"""Messages a second that are read from a server, and how many at once."""
-MESSAGE = 2 << 20
+MESSAGE = 4 << 20
 """Bytes a server's message may have."""
 
 Translate = Callable[[grpc.aio.AioRpcError], Awaitable[FedPrunerError]]
@@ -114,7 +110,8 @@ class Session:
     async def _send(self, value: DeviceSays) -> None:
         async with self._writing:
             try:
-                await asyncio.wait_for(self._call.write(encode(value)), WRITE_SECONDS)
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await self._call.write(encode(value))
             except TimeoutError:
                 self._call.cancel()
                 raise UnreachableError(f"the server has read nothing for {WRITE_SECONDS:.0f} s") from None
@@ -125,7 +122,6 @@ class Session:
 
     async def __aiter__(self) -> AsyncIterator[ServerSays]:
         """What the server says, until it ends the stream. Raises its error."""
-        bucket = Bucket(MESSAGES, BURST)
         while True:
             try:
                 message = await self._call.read()
@@ -135,8 +131,6 @@ class Session:
                 await _ended(self._call, self._translate)
                 return
             yield decode(message)
-            if (wait := bucket.take(monotonic())) > 0:
-                await asyncio.sleep(wait)
 
     async def finish(self) -> None:
         """Say that no more will come: the server ends the stream, and whoever iterates over it comes to its end."""

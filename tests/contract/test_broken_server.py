@@ -49,7 +49,7 @@ def with_slow_server(tmp_path, body):
 def test_a_message_larger_than_any_is_refused_and_the_daemon_comes_back(tmp_path):
     async def body(server, connection):
         session = await connection.open()
-        huge = session_pb2.ServerMessage(cancel=session_pb2.Cancel(reason="x" * (3 << 20)))
+        huge = session_pb2.ServerMessage(cancel=session_pb2.Cancel(reason="x" * (5 << 20)))
         await server.sessions.tell.put(huge)
         with pytest.raises(UnreachableError, match="larger than max"):
             async for _ in session:
