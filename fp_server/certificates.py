@@ -115,7 +115,7 @@ def requested_key(csr_pem: str) -> ec.EllipticCurvePublicKey:
     try:
         csr = x509.load_pem_x509_csr(csr_pem[:_CSR].encode())
         key, signed = csr.public_key(), csr.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise IdentityError("the certificate request is not a PEM CSR") from None
     if not signed or not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
         raise IdentityError("the certificate request must be signed by its own P-256 key")

@@ -120,7 +120,7 @@ class Case:
         await self.coordinator.start()
         try:
             await self._start()
-            for _ in range(MOVES):
+            for move in range(MOVES):
                 if self.source.left <= 0:
                     break
                 before = len(self.log.rows)
@@ -128,7 +128,8 @@ class Case:
                     await self._move()
                 await self._settle()
                 assert len(self.log.rows) - before <= EVENTS_A_MOVE, f"{len(self.log.rows) - before} events of one move"
-                self._check()
+                self._check(folds=move % 8 == 7)
+            self._check(folds=True)
             self._check_log()
         finally:
             await self.coordinator.stop()
@@ -157,6 +158,7 @@ class Case:
         toml = run_toml(
             source.of(("fresh", "global")), name=f"run-{self.runs}", rounds=1 + source.below(3), min_devices=1 + source.below(2),
             quorum=source.of((1.0, 0.5)), max_attempts=2, lora_rank=1,
+            method=source.of(("random", "random", "random", "fedpruner")),
         )  # fmt: skip
         await operations.start_run(self.coordinator, toml, SMALL)
 
@@ -294,7 +296,7 @@ class Case:
 
     # -- what must hold --------------------------------------------------------------------------
 
-    def _check(self) -> None:
+    def _check(self, folds: bool) -> None:
         coordinator, machine = self.coordinator, self.coordinator.active
         known = set(DEVICES)
         assert set(coordinator.sessions) <= known and len(coordinator._problems) <= 4
@@ -307,7 +309,8 @@ class Case:
             assert set(machine.current.members) <= known
             for member in machine.current.members.values():
                 assert set(member.reached) <= PHASES
-        assert state(coordinator.fold(machine.name)) == state(machine), "the log folds to something else"
+        if folds:
+            assert state(coordinator.fold(machine.name)) == state(machine), "the log folds to something else"
 
     def _check_log(self) -> None:
         accepted: Counter[tuple[str, TaskKey]] = Counter((one.device, one.key) for one in self.log.of(e.UpdateAccepted))
