@@ -24,7 +24,7 @@ WAITS = {"HANDSHAKE_SECONDS": 2.0, "HELLO_SECONDS": 2.0, "IDLE_SECONDS": 2.0, "W
 KEEPALIVE = {
     "grpc.keepalive_time_ms": 1000, "grpc.http2.ping_timeout_ms": 3000, "grpc.http2.min_ping_interval_without_data_ms": 100,
 }  # fmt: skip
-SLACK = 48 << 20
+SLACK = 64 << 20
 """Bytes the server may hold more than before an attack: what an allocator keeps."""
 
 

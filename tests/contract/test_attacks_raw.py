@@ -24,7 +24,9 @@ SOON = 30.0
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    one = Besieged(tmp_path_factory.mktemp("siege") / "server", connections=120)
+    names = tuple(f"mallory-{n}" for n in range(30))
+    one = Besieged(tmp_path_factory.mktemp("siege") / "server", ("alice", "bob", "mallory", *names), connections=120)
+    one.attackers = iter(names)
     one.start()
     asyncio.run(one.round())  # what is loaded and allocated once
     yield one
@@ -36,7 +38,7 @@ def under(server, attack):
     async def body():
         async with server.besieged():
             try:
-                await in_thread(attack, server.port, server.devices / "mallory")
+                await in_thread(attack, server.port, server.devices / next(server.attackers))
             finally:
                 h.close_all()
 
@@ -181,7 +183,7 @@ def test_a_device_that_reads_nothing_is_hung_up(server):
         assert h.seconds_until_closed(stream, SOON) < SOON
 
     under(server, attack)
-    assert "device mallory has read nothing for 2 s; its connection is cut" in server.log()
+    assert "has read nothing for 2 s; its connection is cut" in server.log()
 
 
 def test_a_frozen_device_is_found_out(server):
@@ -193,7 +195,7 @@ def test_a_frozen_device_is_found_out(server):
         assert h.seconds_until_closed(stream, SOON) < SOON
 
     under(server, attack)
-    assert "mallory" not in asyncio.run(server.status())["connected"]
+    assert not asyncio.run(server.status())["connected"]
 
 
 def flood(stream, made, seconds=2.0, most=400_000):
@@ -239,7 +241,7 @@ def test_a_flood_of_frames_slows_nobody_else(server, kind):
 
 @pytest.mark.parametrize("small", [False, True], ids=["one large header", "many small ones"])
 def test_headers_without_end(server, small):
-    """110 MB of headers in one call: what is over the limit is read and dropped, and the call refused."""
+    """220 MB of headers in one call: what is over the limit is read and dropped, and the call refused."""
     fields = tuple((f"x-{n}", "v" * 90) for n in range(1000)) if small else (("x-large", "v" * 100_000),)
 
     def attack(port, identity):
@@ -250,12 +252,12 @@ def test_headers_without_end(server, small):
         with contextlib.suppress(OSError):
             stream.settimeout(3)
             stream.sendall(h.frame(h.HEADERS, 0, 1, first))
-            for _ in range(1200):
+            for _ in range(2400):
                 for piece in pieces:
                     stream.sendall(h.frame(h.CONTINUATION, 0, 1, piece))
                 peak = max(peak, server.held()[0])
         stream.close()
-        assert peak - before < 64 << 20, f"the headers were kept: {(peak - before) >> 20} MiB"
+        assert peak - before < 128 << 20, f"the headers were kept: {(peak - before) >> 20} MiB"
 
     under(server, attack)
 
