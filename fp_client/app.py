@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import InUseError, StorageError
+from common.transport.tls import exposed
 from common.transport.wire import Backoff
 from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
@@ -94,6 +95,8 @@ async def serve(directory: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, running.cancel)
     log.info("device directory %s, server %s", directory, address)
+    if problem := exposed(directory / "device.key"):
+        log.warning("%s", problem)
     for section, there in (("[models]", config.models), ("[data]", config.data)):
         if not there:
             log.warning("client.toml has no %s yet: this device will be left out of every run", section)
