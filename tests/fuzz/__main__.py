@@ -49,8 +49,8 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z]+", "-", name)
 
 
-def fuzz(name: str, seeds: list[bytes], longest: int, directory: Path, seconds: int, counts: dict[str, Any]) -> None:
-    """Fuzz one target for a while and add to its counts."""
+def fuzz(name: str, seeds: list[bytes], longest: int, directory: Path, seconds: int, counts: dict[str, Any]) -> str:
+    """Fuzz one target for a while and add to its counts; what went wrong, other than a finding, or nothing."""
     place = directory / slug(name)
     corpus, found = place / "corpus", place / "found"
     for path in (corpus, found):
@@ -75,8 +75,7 @@ def fuzz(name: str, seeds: list[bytes], longest: int, directory: Path, seconds: 
     kept["coverage"] = max([kept["coverage"], *coverage])
     kept["findings"] = len(list(found.iterdir()))
     kept["corpus"] = len(list(corpus.iterdir()))
-    if code and not kept["findings"]:
-        raise SystemExit(f"fuzzing {name!r} failed (exit {code}); see {place / 'log'}")
+    return f"fuzzing {name!r} was broken off (exit {code}); see {place / 'log'}" if code and not kept["findings"] else ""
 
 
 def _path() -> str:
@@ -142,10 +141,12 @@ def main() -> None:
     given.dir.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         print(f"{name}: {given.seconds} s …", flush=True)
-        fuzz(name, targets[name].seeds(), targets[name].longest, given.dir, given.seconds, counts)
+        problem = fuzz(name, targets[name].seeds(), targets[name].longest, given.dir, given.seconds, counts)
         temporary = counts_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(counts, indent=1))
         temporary.replace(counts_file)
+        if problem:
+            raise SystemExit(problem)
     show({name: counts[name] for name in chosen})
     if findings := [str(p) for name in chosen for p in sorted((given.dir / slug(name) / "found").iterdir())]:
         raise SystemExit("findings:\n" + "\n".join(findings))
