@@ -59,7 +59,8 @@ def fuzz(name: str, seeds: list[bytes], longest: int, directory: Path, seconds: 
         (corpus / f"seed-{number}").write_bytes(seed)
     command = [
         sys.executable, str(Path(__file__)), "--one", name, str(corpus), f"-max_total_time={seconds}", f"-timeout={SLOWEST}",
-        f"-max_len={longest}", "-rss_limit_mb=2048", "-print_final_stats=1", f"-artifact_prefix={found}/", "-verbosity=1",
+        f"-max_len={longest}", "-len_control=0", "-rss_limit_mb=2048",
+        "-print_final_stats=1", f"-artifact_prefix={found}/", "-verbosity=1",
     ]  # fmt: skip
     begin = time.monotonic()
     with (place / "log").open("w") as log:
