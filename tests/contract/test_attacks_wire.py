@@ -44,7 +44,8 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    one = Besieged(tmp_path_factory.mktemp("siege") / "server")
+    names = tuple(f"eve-{n}" for n in range(len(NAMES)))
+    one = Besieged(tmp_path_factory.mktemp("siege") / "server", ("alice", "bob", "mallory", *names))
     one.start()
     asyncio.run(one.round())
     yield one
@@ -388,7 +389,7 @@ def test_names_that_are_paths_or_tricks(server, kind):
 
     async def attack():
         before = tree()
-        async with session(server, "mallory") as (channel, call):
+        async with session(server, f"eve-{list(NAMES).index(kind)}") as (channel, call):
             objects = objects_pb2_grpc.ObjectsStub(channel)
             await refused(lambda: fetch(channel, name), "NotFound", "not part of this device's current task")
             request = objects_pb2.OffsetRequest()
