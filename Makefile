@@ -7,7 +7,9 @@ STAMP := $(VENV)/.installed
 MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install model demo test check unit contract integration server-alone engine wheelhouse images test-containers audit gpu bench bench-server bench-probe bench-planner bench-7b bench-quarter bench-groups lab lab-report proto format clean
+.PHONY: help install model demo test check unit fuzz fuzz-report fuzz-sample contract integration server-alone \
+  engine wheelhouse images test-containers audit gpu \
+  bench bench-server bench-probe bench-planner bench-7b bench-quarter bench-groups bench-load lab lab-report proto format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -32,7 +34,7 @@ $(MODEL)/model.safetensors: | $(STAMP)
 demo: $(STAMP) model ## A real federated run: a server and six devices on this machine
 	$(BIN)/python examples/demo.py
 
-test: check unit contract integration ## Everything CI runs: checks, unit, contract and integration tests
+test: check unit fuzz-sample contract integration ## Everything CI runs: checks, unit, contract and integration tests
 
 check: $(STAMP) ## Lint, types, import contracts, proto drift
 	$(BIN)/ruff check .
@@ -79,6 +81,22 @@ test-containers: $(STAMP) model images ## Real containers: runs, memory limits, 
 
 audit: $(STAMP) images ## Look up known vulnerabilities of what the images hold (needs PyPI's or OSV's service; fails without)
 	$(BIN)/python deploy/audit.py fedpruner-server fedpruner-client:cpu
+FUZZ := .cache/fuzz
+SECONDS_EACH ?= 60
+
+# atheris has wheels for Linux; where it has none the fuzzer says that it is skipped and why.
+$(VENV)/.fuzz: $(STAMP)
+	@$(BIN)/python -m pip install -q --only-binary :all: -c constraints.txt 'atheris>=3.0' || echo "atheris has no wheel for this machine" >&2
+	@touch $@
+
+fuzz: $(VENV)/.fuzz ## Coverage-guided fuzzing of all decoders, the session and the agent (SECONDS_EACH=60 a target; goes on where it stopped)
+	$(BIN)/python -m tests.fuzz --dir $(FUZZ) --seconds $(SECONDS_EACH) $(TARGETS)
+
+fuzz-report: $(STAMP) ## Write what was fuzzed so far into docs/security.md
+	$(BIN)/python -m tests.fuzz --dir $(FUZZ) --report docs/security.md
+
+fuzz-sample: $(VENV)/.fuzz ## A few seconds of make fuzz
+	$(BIN)/python -m tests.fuzz --dir .cache/fuzz-sample --seconds 3 --sample
 
 gpu: $(STAMP) ## The tests that need a CUDA device
 	$(PYTEST) tests/gpu -m gpu
@@ -104,6 +122,10 @@ bench-7b: $(STAMP) ## A LLaMA2-7B shape with random weights: probe and 12-layer 
 bench-quarter: $(STAMP) model ## Streamed and stitched training at 25 % of the baseline: a 7B shape in NF4 with random weights, and SmolLM2 at its least (18 GB of disk, an hour)
 	$(BIN)/python benchmarks/quarter.py --shape llama2-7b --dir .cache/shapes
 	$(BIN)/python benchmarks/quarter.py --model $(MODEL) --rows 4 --length 128 --dtype float32 --quantization none --smallest
+
+bench-load: $(STAMP) ## A thousand devices on one server for half an hour: memory, descriptors, delivery times
+	@mkdir -p .cache
+	$(BIN)/python benchmarks/load.py --out .cache/load.jsonl
 
 bench-groups: $(STAMP) model ## FDLO groups and IALS probabilities of a real run, early and late
 	$(BIN)/python benchmarks/groups.py

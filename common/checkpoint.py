@@ -17,6 +17,11 @@ from common.types import ModelManifest, ModuleShape
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "smollm3", "olmo2"})
 """`model_type` values this project streams."""
 
+MAX_MANIFEST = 1 << 20
+"""Characters a manifest may have."""
+MAX_LAYERS = 4096
+"""More layers, or modules of a layer, than any model has."""
+
 LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EMBEDDING_KEY, NORM_KEY, HEAD_KEY = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
@@ -165,6 +170,8 @@ def dump_manifest(manifest: ModelManifest) -> str:
 
 def manifest_from_json(text: str, source: str) -> ModelManifest:
     """Raises ModelError when the text is not a manifest."""
+    if len(text) > MAX_MANIFEST:
+        raise ModelError(f"{source}: a manifest of {len(text)} characters; no model's has more than {MAX_MANIFEST}")
     try:
         raw = json.loads(text)
         modules = tuple(ModuleShape(str(m["name"]), int(m["d_out"]), int(m["d_in"])) for m in raw["modules"])
@@ -172,8 +179,13 @@ def manifest_from_json(text: str, source: str) -> ModelManifest:
             str(raw["name"]), str(raw["family"]), int(raw["layers"]), int(raw["hidden"]), int(raw["vocab"]),
             modules, str(raw["fingerprint"]),
         )  # fmt: skip
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ModelError(f"{source}: not a model manifest ({type(error).__name__}: {error})") from None
+    sizes = (manifest.hidden, manifest.vocab, *(n for m in modules for n in (m.d_out, m.d_in)))
+    if manifest.layers > MAX_LAYERS or len(modules) > MAX_LAYERS or any(not 0 < size < 2**31 for size in sizes):
+        raise ModelError(f"{source}: not a model manifest (layers, modules or sizes no model has)")
+    if max(map(len, (manifest.name, manifest.family, *(m.name for m in modules))), default=0) > 200:
+        raise ModelError(f"{source}: not a model manifest (a name of more than 200 characters)")
     if not modules or manifest.layers < 1 or re.fullmatch("[0-9a-f]{64}", manifest.fingerprint) is None:
         raise ModelError(f"{source}: not a model manifest (no modules, layers or fingerprint)")
     return manifest

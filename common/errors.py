@@ -22,7 +22,8 @@ The tree::
     ├── PolicyError                   exit 10  PERMISSION_DENIED    the device's policy file says no
     ├── StorageError                  exit 11  RESOURCE_EXHAUSTED   disk full, or the directory is damaged
     ├── InUseError                    exit 12  FAILED_PRECONDITION  port or data directory taken
-    └── WorkerError                   exit 13  ABORTED              a task's process died or failed
+    ├── WorkerError                   exit 13  ABORTED              a task's process died or failed
+    └── LimitError                    exit 14  RESOURCE_EXHAUSTED   more than the other side allows; later it may do
 
 Domain code raises; only command lines exit. A message says what is wrong, where, and what to do.
 Exit code 2 is also what the command-line parser uses for a wrong flag.
@@ -164,6 +165,13 @@ class WorkerError(FedPrunerError):
 
     exit_code = 13
     status = "ABORTED"
+
+
+class LimitError(FedPrunerError):
+    """More calls, bytes, sessions or tokens than the other side allows; the message says which limit."""
+
+    exit_code = 14
+    status = "RESOURCE_EXHAUSTED"
 
 
 def _tree(cls: type[FedPrunerError]) -> list[type[FedPrunerError]]:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from common.errors import TokenError
 
@@ -24,7 +24,7 @@ class JoinToken:
     """host:port of the main service."""
     ca: str
     """sha256 of the CA certificate's DER form, 64 hex digits."""
-    secret: str
+    secret: str = field(repr=False)
     """The one-time secret, 43 URL-safe characters."""
 
     def encode(self) -> str:

@@ -15,13 +15,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
+from common.bucket import Bucket
 from common.errors import (
     AlreadyDone,
-    BudgetError,
     FedPrunerError,
-    FingerprintError,
     IdentityError,
     InUseError,
+    LimitError,
     NotFound,
     TooLate,
     UnreachableError,
@@ -31,11 +31,14 @@ from common.errors import (
 from common.transport.wire import Backoff
 from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, Progress, RunSpec, TaskFailed, TaskKey, UnitObject
 from fp_client.cache import ObjectCache
+from fp_client.guard import Guard
 from fp_client.health import Link
 from fp_client.messages import AdapterFile, OnProgress, TrainResult
+from fp_client.plans import WORDS, Plans, cancel, same_weights
 from fp_client.policy import Policy
-from fp_client.rpc import Cancel, DeviceSays, RunEnded, ServerSays, Session
+from fp_client.rpc import Session
 from fp_client.rpc_objects import Transfer
+from fp_client.says import Cancel, DeviceSays, RunEnded, ServerSays, Unreadable
 from fp_client.state import Outbox, Runs
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,9 @@ log = logging.getLogger(__name__)
 SETTLED_SECONDS = 30.0
 """A session that has lived this long counts as a success for the backoff, whatever ended it. So does one in which a task
 was done, and one that brought a message before the server went away."""
+
+MESSAGES, BURST = 10.0, 100.0
+"""Messages a second that are read from a server, and how many at once."""
 
 NO_USE = (UpdateRejected, TooLate, AlreadyDone, NotFound)
 """After these the server would refuse the same update again; whatever else a push ends with, the update is kept for another."""
@@ -83,16 +89,22 @@ class Agent:
         self._open, self._transfer, self._work = open_session, transfer, work
         self._policy, self._cache, self._runs, self._outbox = policy, cache, runs, outbox
         self._backoff, self._beat_seconds = backoff, beat_seconds
+        self._guard, self._one = Guard(policy, runs.directory / ".asked.json"), asyncio.Lock()
+        self._plans = Plans(work, self._guard, runs, outbox, self._one, self._tell, self._note)
         self._session: Session | None = None
         self.link = Link(since=monotonic(), reason="the daemon has just started")
         self._task: asyncio.Task[None] | None = None
         self._said: Task | None = None
         self._last_probe: tuple[ProbeTask, ProbeReport] | None = None
-        self._plans: dict[RunSpec, asyncio.Task[None]] = {}
-        self._reports: dict[str, tuple[RunSpec, PlanReport]] = {}
-        self._one = asyncio.Lock()
         self._progress = ("", 0, 0)
-        self._heard = self._worked = False
+        self._heard = self._worked = self._again = False
+
+    async def reconnect(self) -> None:
+        """Open the session anew at once: the certificate was renewed, and a server ends what an older one opened when that one
+        ends. A task under way goes on."""
+        self._again = True
+        if self._session is not None:
+            await self._session.finish()
 
     async def run(self) -> None:
         """Stay connected. Raises UnreachableError after bounded tries, IdentityError, ProtocolError (other schema)."""
@@ -101,6 +113,9 @@ class Agent:
             while True:
                 begin, self._heard, self._worked = monotonic(), False, False
                 error = await self._one_session()
+                if self._again:
+                    self._again = False
+                    continue
                 away = isinstance(error, UnreachableError)
                 if self._worked or (away and self._heard) or monotonic() - begin > SETTLED_SECONDS:
                     failures = 0
@@ -111,8 +126,7 @@ class Agent:
                 log.warning("%s; try %d of %d in %.1f s", error, failures + 1, self._backoff.attempts, delay)
                 await asyncio.sleep(delay)
         finally:
-            for plan in list(self._plans.values()):
-                await _cancel(plan)
+            await self._plans.close()
             await self._drop()
             await self._work.close()
 
@@ -120,16 +134,19 @@ class Agent:
         """One session to its end; why it ended, when that is worth another try."""
         try:
             session = await self._open()
-        except UnreachableError as error:
+        except (UnreachableError, LimitError) as error:
             self.link = self.link.lost(str(error))
             return error
         self.link = self.link.opened(session.device)
         log.info("connected as %r (server %s)", session.device, session.server_version)
         self._session = session
         try:
+            bucket = Bucket(MESSAGES, BURST)
             async for said in session:
                 self._heard = True
                 await self._handle(said)
+                if (wait := bucket.take(monotonic())) > 0:  # not reading is what slows the sender down
+                    await asyncio.sleep(wait)
             return UnreachableError("the server ended the session")
         except (IdentityError, InUseError):
             raise
@@ -141,12 +158,7 @@ class Agent:
 
     async def _handle(self, said: ServerSays) -> None:
         if isinstance(said, RunSpec):
-            known = self._reports.get(said.run)
-            if known is not None and known[0] == said:  # |D_n| and budget are fixed when the device joins the run
-                await self._tell(known[1])
-            elif said not in self._plans:
-                self._plans[said] = plan = asyncio.create_task(self._plan(said))
-                plan.add_done_callback(lambda _: self._plans.pop(said, None))
+            await self._plans.asked(said)
         elif isinstance(said, Cancel):
             log.info("run %s, round %d: task dropped (%s)", said.key.run, said.key.round + 1, said.reason)
             if self._said is not None and self._said.key == said.key:
@@ -154,18 +166,25 @@ class Agent:
             self._outbox.drop_task(said.key)
         elif isinstance(said, RunEnded):
             log.info("run %s: %s", said.run, said.outcome)
-            for plan in [plan for spec, plan in self._plans.items() if spec.run == said.run]:
-                await _cancel(plan)
+            await self._plans.forget(said.run)
             if self._said is not None and self._said.key.run == said.run:
                 await self._drop()
-            self._reports.pop(said.run, None)
             for forget in (self._runs.forget, self._outbox.drop):
                 try:
                     forget(said.run)
                 except OSError as error:  # not worth the daemon: it is looked at again only if the run comes back
                     log.warning("run %s: can't delete %s: %s", said.run, error.filename, error.strerror)
+        elif isinstance(said, Unreadable):
+            await self._refuse(said)
         else:
             await self._begin(said)
+
+    async def _refuse(self, said: Unreadable) -> None:
+        if said.key is None:
+            await self._tell(self._plans.refusal(said.run, "", said.error))
+        else:
+            log.error("run %s, round %d: the task can't be read: %s", said.run, said.key.round + 1, said.error)
+            await self._tell(TaskFailed(said.key, type(said.error).__name__, str(said.error)[:WORDS]))
 
     async def _begin(self, said: Task) -> None:
         running = self._task is not None and not self._task.done()
@@ -182,38 +201,13 @@ class Agent:
         """Stop the task under way; its worker is killed."""
         task, self._task, self._said = self._task, None, None
         if task is not None:
-            await _cancel(task)
+            await cancel(task)
 
     async def _tell(self, value: DeviceSays) -> None:
         """Say it if a session is open; what is lost is asked for again by the server."""
         if self._session is not None:
             with suppress(FedPrunerError):
                 await self._session.send(value)
-
-    async def _plan(self, spec: RunSpec) -> None:
-        fingerprint = ""
-        try:
-            self._policy.check_plan(spec)
-            async with self._one:
-                fingerprint = await self._work.fingerprint(spec, self._note)
-                _same_weights(spec, fingerprint)
-                report = self._policy.offered(await self._work.plan(spec))
-            self._policy.check_samples(report.samples)
-            await asyncio.to_thread(self._runs.remember, spec)
-            self._reports[spec.run] = (spec, report)
-            log.info("run %s: can take part: %s", spec.run, ", ".join(f"{c.gradient} {c.units} units" for c in report.capacities))
-        except FedPrunerError as error:
-            report = self._refusal(spec, fingerprint, error)
-        except Exception as error:
-            log.exception("run %s: the plan failed", spec.run)
-            report = self._refusal(spec, fingerprint, WorkerError(f"unexpected {type(error).__name__}: {error}"))
-        await self._tell(report)
-
-    def _refusal(self, spec: RunSpec, fingerprint: str, error: FedPrunerError) -> PlanReport:
-        log.warning("run %s: this device can't take part: %s", spec.run, error)
-        smallest = error.smallest if isinstance(error, BudgetError) else 0
-        why = f"{type(error).__name__}: {error}"
-        return PlanReport(spec.run, 0, fingerprint, (), (), smallest, why, self._work.budget_bytes)
 
     async def _do(self, said: Task) -> None:
         key, kind = said.key, "probe" if isinstance(said, ProbeTask) else "train"
@@ -237,16 +231,16 @@ class Agent:
             log.error("%s: failed: %s: %s", where, type(error).__name__, error)
             if isinstance(error, NO_USE):
                 self._outbox.drop_task(key)
-            await self._tell(TaskFailed(key, type(error).__name__, str(error)))
+            await self._tell(TaskFailed(key, type(error).__name__, str(error)[:WORDS]))
         except Exception as error:
             log.exception("%s: failed", where)
             await self._tell(TaskFailed(key, WorkerError.__name__, f"unexpected {type(error).__name__}: {error}"))
         finally:
-            await _cancel(beat)
+            await cancel(beat)
 
     async def _probe(self, spec: RunSpec, task: ProbeTask) -> None:
-        self._policy.check_probe(spec, task)
-        _same_weights(spec, await self._work.fingerprint(spec, self._note))
+        self._guard.probe(spec, task, self._plans.report(spec.run))
+        same_weights(spec, await self._work.fingerprint(spec, self._note))
         if self._policy.tells(task):
             adapter = await self._fetch(task.adapter)
             report = self._policy.redact(await self._work.probe(spec, task, adapter, self._note))
@@ -256,10 +250,10 @@ class Agent:
         await self._tell(report)
 
     async def _train(self, spec: RunSpec, task: Assignment) -> None:
-        self._policy.check_assignment(task)
+        self._guard.assignment(spec, task, self._plans.report(spec.run))
         ready = await asyncio.to_thread(self._outbox.find, task)
         if ready is None:
-            _same_weights(spec, await self._work.fingerprint(spec, self._note))
+            same_weights(spec, await self._work.fingerprint(spec, self._note))
             adapter = await self._fetch(task.adapter)
             out = self._outbox.blank(task.key.run)
             result = await self._work.train(spec, task, adapter, out, self._note)
@@ -267,10 +261,13 @@ class Agent:
         else:
             log.info("run %s, round %d: already trained; pushing the update that was kept", task.key.run, task.key.round + 1)
         ready = replace(ready, metrics=self._policy.redact_metrics(ready.metrics))  # at the last moment: it may be an older one
-        await self._transfer.push(ready, self._outbox.path(task.key.run), lambda done, total: self._note("push", done, total))
+        path, note = self._outbox.path(task.key.run), lambda done, total: self._note("push", done, total)
+        await self._transfer.push(ready, path, note, self._policy.check_upload)
 
     async def _fetch(self, adapter: tuple[UnitObject, ...]) -> tuple[AdapterFile, ...]:
         total, done = sum(item.ref.size for item in adapter), 0
+        if total > self._cache.limit:
+            raise LimitError(f"the adapter has {total} bytes; client.toml allows {self._cache.limit} ([cache] max_size)")
         keep, files = frozenset(item.ref.digest for item in adapter), []
         for item in adapter:
             before = done
@@ -297,17 +294,3 @@ class Agent:
             if self._progress != told or monotonic() - when >= self._beat_seconds:
                 told, when = self._progress, monotonic()
                 await self._tell(Progress(key, *told))
-
-
-def _same_weights(spec: RunSpec, found: str) -> None:
-    if found != spec.fingerprint:
-        raise FingerprintError(
-            f"model {spec.model!r}: this device's base weights are {found[:16]}…, the run's are {spec.fingerprint[:16]}…; "
-            "use the same checkpoint as the operator's"
-        )
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    """Cancel and wait; being cancelled ourselves meanwhile is passed on."""
-    task.cancel()
-    await asyncio.wait([task])

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from common.ending import end_within
 from common.errors import InUseError, StorageError
+from common.transport.tls import exposed
 from common.transport.wire import Backoff
 from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
 from fp_client.config import ClientConfig, cache_dir, load_config, need_server
 from fp_client.health import tell
 from fp_client.policy import load_policy
+from fp_client.renewal import stay_valid
 from fp_client.rpc import Connection
 from fp_client.rpc_objects import Transfer
 from fp_client.state import Outbox, Runs
@@ -91,6 +93,7 @@ async def serve(directory: Path) -> None:
     )  # fmt: skip
     running = asyncio.create_task(agent.run())
     telling = asyncio.create_task(tell(directory, address, lambda: agent.link))
+    renewing = asyncio.create_task(stay_valid(connection, agent.reconnect))
     stopping = False
 
     def stop() -> None:
@@ -104,6 +107,8 @@ async def serve(directory: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
     log.info("device directory %s, server %s", directory, address)
+    if problem := exposed(directory / "device.key"):
+        log.warning("%s", problem)
     for section, there in (("[models]", config.models), ("[data]", config.data)):
         if not there:
             log.warning("client.toml has no %s yet: this device will be left out of every run", section)
@@ -114,8 +119,9 @@ async def serve(directory: Path) -> None:
             raise
         log.info("stopped")
     finally:
-        telling.cancel()
-        await asyncio.wait([telling])
+        for beside in (telling, renewing):
+            beside.cancel()
+        await asyncio.wait([telling, renewing])
         await connection.close()
 
 

@@ -52,6 +52,31 @@ def join(
         )
 
 
+@app.command(epilog="Example:  fp-client renew --dir dev1   (the daemon does this by itself; it takes the new one up as it runs)")
+def renew(directory: Directory = HERE) -> None:
+    """Get a new certificate now, with the one that is still valid."""
+    import asyncio
+
+    from common.errors import UnreachableError
+    from fp_client.config import load_config, need_server
+    from fp_client.renewal import renew as ask
+    from fp_client.rpc import Connection
+
+    async def now() -> str:
+        connection = Connection(directory, need_server(load_config(directory), directory))
+        try:
+            for _ in range(2):  # a refused certificate is believed the second time
+                try:
+                    return f"{(await ask(connection)).not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+                except UnreachableError as error:
+                    away = error
+            raise away
+        finally:
+            await connection.close()
+
+    typer.echo(f"{directory / 'device.pem'} is renewed: valid until {asyncio.run(now())}")
+
+
 @app.command(epilog="Example:  fp-client run --dir dev1   (ends with SIGTERM or Ctrl-C; exit code 7 when the server stays away)")
 def run(
     directory: Directory = HERE,

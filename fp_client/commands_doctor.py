@@ -74,14 +74,17 @@ class Doctor:
 
     def _policy(self) -> str:
         policy = load_policy(self.directory)
-        return f"at most {policy.max_steps} steps, {policy.max_sequence_length} tokens a row, rank {policy.max_rank}"
+        return (
+            f"at most {policy.max_steps} steps, {policy.max_sequence_length} tokens a row, rank {policy.max_rank}, "
+            f"{human(policy.max_upload)} sent a round, {policy.max_tasks_a_day} tasks a day"
+        )
 
     def _certificate(self) -> str:
         from common.transport import tls
+        from fp_client.renewal import describe
 
         tls.client_credentials(self.directory)
-        certificate = tls.check_validity(self.directory / "device.pem")
-        return f"valid until {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+        return describe(self.directory / "device.pem")
 
     def _packages(self) -> str:
         found, missing = [], []

@@ -82,13 +82,15 @@ class Measured:
 
 async def measure_device(config: ClientConfig, directory: Path, spec: RunSpec) -> Measured:
     """Start a worker and measure; takes seconds."""
+    import grpc
     import grpc.aio
 
     import fp_client.app  # noqa: F401  # the daemon's footprint: its imports, and gRPC's threads below
     from fp_client.measure import resident
     from fp_client.work import LocalWork
 
-    work, channel = LocalWork(config, directory), grpc.aio.insecure_channel("localhost:1")
+    work = LocalWork(config, directory)
+    channel = grpc.aio.secure_channel("localhost:1", grpc.ssl_channel_credentials())  # to nobody
     try:
         channel.get_state(try_to_connect=True)
         spec = replace(spec, fingerprint=await work.fingerprint(spec, lambda *_: None))

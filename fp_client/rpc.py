@@ -6,11 +6,11 @@ gRPC reports a refused certificate as UNAVAILABLE, the same as a server that is 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,16 @@ import grpc.aio
 from common.errors import FedPrunerError, IdentityError, ProtocolError, UnreachableError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde, tls, wire
-from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, Progress, RunSpec, TaskFailed, TaskKey
-from fp_client.enroll import split_address
+from fp_client.says import DeviceSays, ServerSays, decode, encode, plain
+
+log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 20.0
 """How long the server may take for Welcome or an offset."""
+WRITE_SECONDS = 60.0
+"""How long it may leave unread what this device says."""
+MESSAGE = 4 << 20
+"""Bytes a server's message may have."""
 
 Translate = Callable[[grpc.aio.AioRpcError], Awaitable[FedPrunerError]]
 
@@ -46,59 +51,12 @@ def software_version() -> str:
         return "unknown"
 
 
-@dataclass(frozen=True)
-class Cancel:
-    """The server drops a task."""
-
-    key: TaskKey
-    reason: str
-
-
-@dataclass(frozen=True)
-class RunEnded:
-    """A run is over; `outcome` is finished, stopped or failed."""
-
-    run: str
-    outcome: str
-
-
-ServerSays = RunSpec | ProbeTask | Assignment | Cancel | RunEnded
-DeviceSays = PlanReport | ProbeReport | Progress | TaskFailed
-
-
-def decode(message: session_pb2.ServerMessage) -> ServerSays:
-    """A server's message as a value. Raises ProtocolError for one that has no place here."""
-    body = message.WhichOneof("body")
-    if body == "plan":
-        return serde.run_spec_from_pb(message.plan.spec)
-    if body == "probe":
-        return serde.probe_task_from_pb(message.probe)
-    if body == "assignment":
-        return serde.assignment_from_pb(message.assignment)
-    if body == "cancel":
-        return Cancel(serde.key_from_pb(message.cancel.key), message.cancel.reason)
-    if body == "ended":
-        return RunEnded(message.ended.run, message.ended.outcome)
-    raise ProtocolError(f"the server sent an unexpected message ({body or 'empty'}); update fp-client")
-
-
-def encode(value: DeviceSays) -> session_pb2.DeviceMessage:
-    """A value as a device's message."""
-    if isinstance(value, PlanReport):
-        return session_pb2.DeviceMessage(plan=serde.plan_report_to_pb(value))
-    if isinstance(value, ProbeReport):
-        return session_pb2.DeviceMessage(probe=serde.probe_report_to_pb(value))
-    if isinstance(value, Progress):
-        return session_pb2.DeviceMessage(progress=serde.progress_to_pb(value))
-    return session_pb2.DeviceMessage(failed=serde.failed_to_pb(value))
-
-
 def diagnose(directory: Path, address: str, timeout: float = 5.0) -> IdentityError | None:
     """Why a server that does not answer might be refusing this certificate, or None when it is merely away.
 
     A server that accepts a certificate speaks first (HTTP/2 settings); one that refuses it closes after the handshake.
     """
-    host, port = split_address(address)
+    host, port = wire.split_address(address)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     refused = IdentityError(
@@ -125,34 +83,38 @@ def diagnose(directory: Path, address: str, timeout: float = 5.0) -> IdentityErr
 
 
 class Session:
-    """One open session stream. `device` is the name the server reads from our certificate."""
+    """One open session stream. `device` is the name the server reads from our certificate; `held` ends stream and channel."""
 
-    def __init__(self, call: Any, device: str, version: str, translate: Translate) -> None:
+    def __init__(self, call: Any, held: AsyncExitStack, device: str, version: str, translate: Translate) -> None:
         self.device, self.server_version = device, version
-        self._call, self._translate = call, translate
+        self._call, self._held, self._translate = call, held, translate
         self._writing = asyncio.Lock()
         self._sending: set[asyncio.Task[None]] = set()
 
     async def send(self, value: DeviceSays) -> None:
         """Raises UnreachableError when the stream has ended.
 
-        A cancelled caller leaves the message to be written: gRPC ends the whole stream with a write that is cancelled, and
-        a task's last words are often overtaken by the server's answer to them.
+        A message that was begun is written whole although its sender is cancelled meanwhile (its task is dropped, say): gRPC
+        ends the whole stream when a write is cancelled.
         """
-        task = asyncio.create_task(self._send(value))
-        self._sending.add(task)
-        task.add_done_callback(self._sent)
-        await asyncio.shield(task)
+        sending = asyncio.create_task(self._send(value))
+        self._sending.add(sending)
+        sending.add_done_callback(self._sent)
+        await asyncio.shield(sending)
 
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        self._sending.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever waits has it; nobody may
+    def _sent(self, sending: asyncio.Task[None]) -> None:
+        self._sending.discard(sending)
+        if not sending.cancelled():
+            sending.exception()  # nobody waits for it any more when its sender was cancelled
 
     async def _send(self, value: DeviceSays) -> None:
         async with self._writing:
             try:
-                await self._call.write(encode(value))
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await self._call.write(encode(value))
+            except TimeoutError:
+                self._call.cancel()
+                raise UnreachableError(f"the server has read nothing for {WRITE_SECONDS:.0f} s") from None
             except grpc.aio.AioRpcError as error:
                 raise await self._translate(error) from None
             except (asyncio.InvalidStateError, asyncio.CancelledError):
@@ -174,12 +136,16 @@ class Session:
                 return
             yield decode(message)
 
-    async def close(self) -> None:
-        """End our side; the server sees an ordinary end of stream."""
+    async def finish(self) -> None:
+        """Say that no more will come: the server ends the stream, and whoever iterates over it comes to its end."""
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
             async with asyncio.timeout(2.0):
                 await self._call.done_writing()
-        self._call.cancel()
+
+    async def close(self) -> None:
+        """End our side; the server sees an ordinary end of stream."""
+        await self.finish()
+        await self._held.aclose()
 
 
 async def _ended(call: Any, translate: Translate) -> None:
@@ -190,28 +156,83 @@ async def _ended(call: Any, translate: Translate) -> None:
 
 
 class Connection:
-    """A channel to the server with this device's certificate. One for the daemon's life."""
+    """A channel to the server with this device's certificate, for the daemon's life.
+
+    A certificate that is renewed in the directory is shown from the next session, fetch or push on; what is under way goes on
+    over the channel it began with, which is closed when nobody uses it any more.
+    """
 
     def __init__(self, directory: Path, address: str, backoff: wire.Backoff | None = None) -> None:
         """Raises IdentityError when certificate or key are missing, damaged or expired."""
         self.directory, self.address = directory, address
         self.backoff = backoff or wire.Backoff()
+        self._certificate = directory / "device.pem"
+        self._stamp = self._look()
+        self.channel = self._connect()
+        self._users: dict[grpc.aio.Channel, int] = {}
+        self._refusals = 0
+
+    def _connect(self) -> grpc.aio.Channel:
         # gRPC's own reconnect backoff grows to two minutes and would hide a server that is back; so would its half a minute
         # between two look-ups of the name, when a container comes back at another address.
         options = wire.options(
             wire.CHANNEL_OPTIONS, initial_reconnect_backoff_ms=200, min_reconnect_backoff_ms=2000, max_reconnect_backoff_ms=2000,
-            use_local_subchannel_pool=1, dns_min_time_between_resolutions_ms=2000,
+            use_local_subchannel_pool=1, dns_min_time_between_resolutions_ms=2000, max_receive_message_length=MESSAGE,
         )  # fmt: skip
-        self.channel = grpc.aio.secure_channel(address, tls.client_credentials(directory), options)
+        return grpc.aio.secure_channel(self.address, tls.client_credentials(self.directory), options)
+
+    def _look(self) -> tuple[int, int]:
+        with suppress(OSError):
+            stat = self._certificate.stat()
+            return stat.st_ino, stat.st_mtime_ns
+        return 0, 0
+
+    @asynccontextmanager
+    async def using(self) -> AsyncIterator[grpc.aio.Channel]:
+        """The channel with the certificate as it is now; not closed before the end of the block."""
+        await self._refresh()
+        channel = self.channel
+        self._users[channel] = self._users.get(channel, 0) + 1
+        try:
+            yield channel
+        finally:
+            self._users[channel] -= 1
+            await self._let_go(channel)
+
+    def _outdated(self, channel: grpc.aio.Channel) -> bool:
+        return channel is not self.channel or self._look() != self._stamp
+
+    async def _refresh(self) -> None:
+        if (stamp := self._look()) == self._stamp:
+            return
+        self._stamp, old = stamp, self.channel
+        try:
+            self.channel = self._connect()
+        except IdentityError as error:
+            log.warning("%s; the certificate before it is used further", error)
+            return
+        log.info("%s: renewed; shown from now on", self._certificate)
         self._refusals = 0
+        await self._let_go(old)
+
+    async def _let_go(self, channel: grpc.aio.Channel) -> None:
+        if channel is not self.channel and not self._users.get(channel):
+            self._users.pop(channel, None)
+            await channel.close()
 
     async def close(self) -> None:
-        """Close the channel."""
-        await self.channel.close()
+        """Close all channels."""
+        for channel in {self.channel, *self._users}:
+            await channel.close()
 
-    async def translate(self, raw: grpc.aio.AioRpcError) -> FedPrunerError:
-        """The error of ours that a failed call stands for; asks `diagnose` when the server seems away."""
+    async def translate(self, raw: grpc.aio.AioRpcError, channel: grpc.aio.Channel | None = None) -> FedPrunerError:
+        """The error of ours that a failed call stands for; asks `diagnose` when the server seems away.
+
+        A refusal of the certificate is worth another try when that of `channel` has been renewed meanwhile.
+        """
         error = wire.from_rpc_error(raw, self.address)
+        if isinstance(error, IdentityError) and channel is not None and self._outdated(channel):
+            return UnreachableError(f"{error}; it has been renewed")
         if raw.code() == grpc.StatusCode.UNAVAILABLE and type(error) in (IdentityError, UnreachableError):
             verdict = await asyncio.to_thread(diagnose, self.directory, self.address)
             # A server that is just going down looks the same once; a refusal is believed the second time.
@@ -228,8 +249,16 @@ class Connection:
 
         Raises UnreachableError, IdentityError (also for an expired certificate), ProtocolError when the schemas differ.
         """
-        tls.check_validity(self.directory / "device.pem")
-        call: Any = session_pb2_grpc.SessionsStub(self.channel).Open()
+        tls.check_validity(self._certificate)
+        async with AsyncExitStack() as held:
+            channel = await held.enter_async_context(self.using())
+            call: Any = session_pb2_grpc.SessionsStub(channel).Open()
+            held.callback(call.cancel)
+            welcome = await self._greet(call)
+            self._refusals = 0
+            return Session(call, held.pop_all(), plain(welcome.device, 64), plain(welcome.version, 40), self.translate)
+
+    async def _greet(self, call: Any) -> session_pb2.Welcome:
         message: Any
         try:
             hello = session_pb2.Hello(schema=serde.schema(), version=software_version())
@@ -244,13 +273,8 @@ class Connection:
                 if message is grpc.aio.EOF:
                     await _ended(call, self.translate)
                     raise UnreachableError(f"{self.address}: ended the session before its welcome")
-            if message.WhichOneof("body") != "welcome":
-                raise ProtocolError(f"{self.address}: the first message is {message.WhichOneof('body')!r}, expected a welcome")
         except TimeoutError:
-            call.cancel()
             raise UnreachableError(f"{self.address}: did not answer in {ANSWER_SECONDS:.0f} s") from None
-        except BaseException:
-            call.cancel()
-            raise
-        self._refusals = 0
-        return Session(call, message.welcome.device, message.welcome.version, self.translate)
+        if (body := message.WhichOneof("body")) != "welcome":
+            raise ProtocolError(f"{self.address}: the first message is {body!r}, expected a welcome")
+        return message.welcome  # type: ignore[no-any-return]

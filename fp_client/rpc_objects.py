@@ -10,10 +10,12 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import grpc.aio
 
-from common.errors import DigestError, FedPrunerError, OffsetError, ProtocolError, StorageError, UnreachableError
+from common.errors import DigestError, FedPrunerError, LimitError, OffsetError, ProtocolError, StorageError, UnreachableError
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde, wire
 from common.types import ObjectRef, UpdateReady
@@ -23,7 +25,10 @@ from fp_client.rpc import ANSWER_SECONDS, Connection
 MAX_OBJECT = 4 << 30
 """No adapter object is larger; a server that announces more is refused before a byte is fetched."""
 
-WAITED_OUT = (UnreachableError, StorageError)
+STALL_SECONDS, STALL_BYTES = 60.0, 64 << 10
+"""A fetch that brings fewer bytes in so many seconds is cut and tried again: who trickles does not answer."""
+
+WAITED_OUT = (UnreachableError, StorageError, LimitError)
 """What only time can mend, where the server says it; the same StorageError about this device's own disk is final."""
 
 ASKED_AGAIN = (OffsetError, DigestError)
@@ -41,7 +46,6 @@ class Transfer:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._stub = objects_pb2_grpc.ObjectsStub(connection.channel)
 
     async def fetch(self, ref: ObjectRef, target: Path, progress: OnBytes = lambda done, total: None) -> None:
         """Fetch an object into `target`, going on from ``<target>.part`` where one is left.
@@ -55,22 +59,23 @@ class Transfer:
         tries, corrupt = 0, 0
         while True:
             before = part.stat().st_size if part.exists() else 0
-            try:
-                await self._fetch_rest(ref, part, progress)
-                break
-            except DigestError:
-                part.unlink(missing_ok=True)
-                corrupt += 1
-                if corrupt == 2:
-                    raise
-            except (grpc.aio.AioRpcError, UnreachableError) as raw:
-                error = await self.connection.translate(raw) if isinstance(raw, grpc.aio.AioRpcError) else raw
-                if not isinstance(error, WAITED_OUT):
-                    raise error from None
-                tries = await self._pause(tries, part.stat().st_size - before if part.exists() else 0, error)
+            async with self.connection.using() as channel:
+                try:
+                    await self._fetch_rest(channel, ref, part, progress)
+                    break
+                except DigestError:
+                    part.unlink(missing_ok=True)
+                    corrupt += 1
+                    if corrupt == 2:
+                        raise
+                except (grpc.aio.AioRpcError, UnreachableError) as raw:
+                    error = await self.connection.translate(raw, channel) if isinstance(raw, grpc.aio.AioRpcError) else raw
+                    if not isinstance(error, WAITED_OUT):
+                        raise error from None
+                    tries = await self._pause(tries, part.stat().st_size - before if part.exists() else 0, error)
         part.replace(target)
 
-    async def _fetch_rest(self, ref: ObjectRef, part: Path, progress: OnBytes) -> None:
+    async def _fetch_rest(self, channel: grpc.aio.Channel, ref: ObjectRef, part: Path, progress: OnBytes) -> None:
         digest = hashlib.sha256()
         try:
             with part.open("ab+") as out:
@@ -80,9 +85,11 @@ class Transfer:
                 done = out.tell()
                 if done > ref.size:
                     raise DigestError(f"object {ref.digest[:12]}: {done} bytes, announced {ref.size}")
-                call = self._stub.Fetch(objects_pb2.FetchRequest(digest=ref.digest, offset=done))
+                call = objects_pb2_grpc.ObjectsStub(channel).Fetch(objects_pb2.FetchRequest(digest=ref.digest, offset=done))
                 try:
-                    async for chunk in call:
+                    async for chunk in self._steadily(call, ref):
+                        if not chunk.data:
+                            raise ProtocolError(f"object {ref.digest[:12]}: the server sent a piece of nothing")
                         done += len(chunk.data)
                         if done > ref.size:
                             raise DigestError(f"object {ref.digest[:12]}: more than the {ref.size} bytes announced")
@@ -99,35 +106,67 @@ class Transfer:
         if digest.hexdigest() != ref.digest:
             raise DigestError(f"object {ref.digest[:12]}: the bytes received have digest {digest.hexdigest()[:12]}")
 
-    async def push(self, ready: UpdateReady, path: Path, progress: OnBytes = lambda done, total: None) -> bool:
+    async def _steadily(self, call: Any, ref: ObjectRef) -> AsyncIterator[objects_pb2.Chunk]:
+        """A call's chunks. Raises UnreachableError when they come too slowly."""
+        chunks, came, ends = aiter(call), 0, monotonic() + STALL_SECONDS
+        try:
+            while True:
+                async with asyncio.timeout(ends - monotonic()):
+                    chunk = await anext(chunks)
+                came += len(chunk.data)
+                if came >= STALL_BYTES:
+                    came, ends = 0, monotonic() + STALL_SECONDS
+                yield chunk
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UnreachableError(
+                f"{self.connection.address}: sent {came} bytes of object {ref.digest[:12]} in {STALL_SECONDS:.0f} s"
+            ) from None
+
+    async def push(
+        self, ready: UpdateReady, path: Path, progress: OnBytes = lambda done, total: None,
+        allowed: Callable[[int], None] = lambda sent: None,
+    ) -> bool:  # fmt: skip
         """Push an update, going on from what the server has. True when it had been accepted before.
 
-        Raises TooLate, AlreadyDone, UpdateRejected, NotFound, and after bounded tries UnreachableError, OffsetError,
-        DigestError and the server's StorageError; StorageError when the update can't be read here.
+        `allowed` is asked before each try about the bytes that will have been sent after it, those sent again included.
+
+        Raises TooLate, AlreadyDone, UpdateRejected, NotFound, what `allowed` does, and after bounded tries UnreachableError,
+        OffsetError, DigestError and the server's StorageError; StorageError when the update can't be read here.
         """
-        tries, again, best = 0, 0, 0
+        tries, again, best, sent, at = 0, 0, 0, 0, 0
+
+        def note(done: int, total: int) -> None:
+            nonlocal sent, at
+            sent, at = sent + done - at, done
+            progress(done, total)
+
         while True:
-            try:
-                request = objects_pb2.OffsetRequest(key=serde.key_to_pb(ready.key), ref=serde.ref_to_pb(ready.ref))
-                reply = await self._stub.Offset(request, timeout=ANSWER_SECONDS)
-                if reply.accepted:
-                    return True
-                if reply.offset > ready.ref.size:
-                    raise ProtocolError(f"the server asks for byte {reply.offset} of an update of {ready.ref.size}")
-                if reply.offset >= best + wire.CHUNK:
-                    tries = again = 0
-                best = max(best, reply.offset)
-                done = await self._stub.Push(_pieces(ready, reply.offset, path, progress))
-                return bool(done.duplicate)
-            except grpc.aio.AioRpcError as raw:
-                error = await self.connection.translate(raw)
-                if isinstance(error, ASKED_AGAIN) and again < AGAIN:
-                    again += 1
-                    await asyncio.sleep(self.connection.backoff.delay(again - 1))
-                elif isinstance(error, WAITED_OUT):
-                    tries = await self._pause(tries, 0, error)
-                else:
-                    raise error from None
+            async with self.connection.using() as channel:
+                try:
+                    stub = objects_pb2_grpc.ObjectsStub(channel)
+                    request = objects_pb2.OffsetRequest(key=serde.key_to_pb(ready.key), ref=serde.ref_to_pb(ready.ref))
+                    reply = await stub.Offset(request, timeout=ANSWER_SECONDS)
+                    if reply.accepted:
+                        return True
+                    if reply.offset > ready.ref.size:
+                        raise ProtocolError(f"the server asks for byte {reply.offset} of an update of {ready.ref.size}")
+                    if reply.offset >= best + wire.CHUNK:
+                        tries = again = 0
+                    best, at = max(best, reply.offset), reply.offset
+                    allowed(sent + ready.ref.size - reply.offset)
+                    done = await stub.Push(_pieces(ready, reply.offset, path, note))
+                    return bool(done.duplicate)
+                except grpc.aio.AioRpcError as raw:
+                    error = await self.connection.translate(raw, channel)
+                    if isinstance(error, ASKED_AGAIN) and again < AGAIN:
+                        again += 1
+                        await asyncio.sleep(self.connection.backoff.delay(again - 1))
+                    elif isinstance(error, WAITED_OUT):
+                        tries = await self._pause(tries, 0, error)
+                    else:
+                        raise error from None
 
     async def _pause(self, tries: int, progressed: int, error: FedPrunerError) -> int:
         """Wait before the next try; its number, begun anew after real progress. Raises when the tries are used up."""

@@ -16,6 +16,9 @@ from common.files import digest_file
 from common.types import Assignment, ObjectRef, RunSpec, TaskKey, UpdateMetrics, UpdateReady
 from fp_client.cache import storage_error
 
+KEPT = 32
+"""Runs that are remembered: a server that starts ever new ones can't fill the disk."""
+
 
 def _write(path: Path, value: object) -> None:
     temporary = path.with_name(path.name + ".tmp")
@@ -41,9 +44,11 @@ class Runs:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def remember(self, spec: RunSpec) -> None:
-        """Keep a run's spec. Raises StorageError."""
+    def remember(self, spec: RunSpec) -> list[str]:
+        """Keep a run's spec; the names of the runs that must go for it. Raises StorageError."""
         _write(self.directory / f"{spec.run}.json", to_json(spec))
+        kept = sorted(self.directory.glob("[a-z0-9]*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return [path.stem for path in kept[KEPT:]]
 
     def get(self, run: str) -> RunSpec:
         """Raises NotFound when this device has not joined such a run."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint import Checkpoint, cached_fingerprint
-from common.errors import FedPrunerError, WorkerError
+from common.errors import FedPrunerError, ProtocolError, UpdateRejected, WorkerError
 from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, RunSpec
 from fp_client import models
+from fp_client.adapter_files import AdapterFiles
 from fp_client.config import ClientConfig, ModelSection, cache_dir, need_data, need_model
 from fp_client.data import DataSource, count_examples
 from fp_client.memory import Setting
@@ -70,6 +71,18 @@ def _pace_key(spec: RunSpec) -> tuple[Any, ...]:
     """What a device's pace depends on, besides its own settings."""
     train = spec.train
     return spec.model, train.batch_size, train.sequence_length, train.rank, train.targets, spec.broadcast_rank
+
+
+def check_ranks(adapter: tuple[AdapterFile, ...], most: int) -> None:
+    """Raises ProtocolError when the broadcast adapter has a larger rank than its run announced, ModelError when it is damaged."""
+    files = AdapterFiles(adapter)
+    for layer in files:
+        try:
+            rank = files.rank((layer,))
+        except UpdateRejected as error:
+            raise ProtocolError(f"adapter of layer {layer + 1}: {error}") from None
+        if rank > most:
+            raise ProtocolError(f"adapter of layer {layer + 1}: has rank {rank}, its run announced at most {most}")
 
 
 class LocalWork:
@@ -145,6 +158,7 @@ class LocalWork:
 
     async def probe(self, spec: RunSpec, task: ProbeTask, adapter: tuple[AdapterFile, ...], progress: OnProgress) -> ProbeReport:
         """Run the probe in the worker."""
+        await asyncio.to_thread(check_ranks, adapter, spec.broadcast_rank)
         worker = await self.worker(spec)
         planned = self._plans.get(spec)
         if planned is None:  # without a pace: a probe's memory doesn't depend on it
@@ -155,6 +169,7 @@ class LocalWork:
         self, spec: RunSpec, task: Assignment, adapter: tuple[AdapterFile, ...], out: Path, progress: OnProgress
     ) -> TrainResult:
         """Train in the worker; the update is written to `out`."""
+        await asyncio.to_thread(check_ranks, adapter, spec.broadcast_rank)
         worker, planned = await self.worker(spec), await self._remembered(spec)
         mode = planned.mode(task.spec.gradient)
         args = TrainArgs(task, adapter, str(out), self._paces.get(_pace_key(spec)))

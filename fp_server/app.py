@@ -19,26 +19,39 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from common import config as configuration
 from common.ending import CLOSING, end_within
-from common.errors import ConfigError, FedPrunerError, IdentityError, InUseError
+from common.errors import ConfigError, FedPrunerError, InUseError, StorageError
 from common.pb import admin_pb2_grpc, enroll_pb2_grpc, objects_pb2_grpc, session_pb2_grpc
-from common.transport.tls import server_credentials
+from common.transport.tls import ServerCertificate, exposed, private_directory
 from common.transport.wire import SERVER_OPTIONS, options
-from fp_server.admin import Admin, Enrollment
+from fp_server.access import Access
+from fp_server.admin import Admin, Enrollment, Renewal
+from fp_server.certificates import create_authority
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
+from fp_server.gate import Gate, enroll_rules, main_rules
 from fp_server.health import FILE, Endpoint, host_port, local_host
-from fp_server.identity import Authority, create_authority
+from fp_server.identity import Authority
+from fp_server.limits import (
+    ENROLL_MESSAGE,
+    HANDSHAKE_SECONDS,
+    IDLE_SECONDS,
+    MESSAGE,
+    METADATA,
+    STREAMS,
+    Complaints,
+    ServerLimits,
+    raise_descriptors,
+)
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore, sync_directory
+from fp_server.own import OwnCertificates
 from fp_server.service import Sessions
 from fp_server.transfer import Objects
 
 logger = logging.getLogger("fp_server")
 
-DAY = 86_400.0
-"""Seconds between looks at the certificates' ends."""
-ENROLL_MESSAGE = 64 << 10
-"""Bytes an enrollment message may have: anyone may send one."""
+HOUR = 3600.0
+"""Seconds between looks at the server's own certificates."""
 CONFIG_TEMPLATE = """\
 # Written by `fp-server init`; every key is explained in docs/run-a-server.md.
 names = [{names}]
@@ -55,17 +68,16 @@ def initialise(directory: Path, names: list[str], listen: str, port: int, enroll
     """
     if (directory / "server.toml").exists():
         raise ConfigError(f"{directory}: already initialised (it has a server.toml); choose another --dir")
-    directory.mkdir(parents=True, exist_ok=True)
+    private_directory(directory)
     directory.chmod(0o700)
-    every = list(dict.fromkeys([*names, "localhost", "127.0.0.1"]))
     text = CONFIG_TEMPLATE.format(
-        names=", ".join(json.dumps(name) for name in every), listen=listen, port=port, enroll_port=enroll_port
+        names=", ".join(json.dumps(name) for name in dict.fromkeys(names)), listen=listen, port=port, enroll_port=enroll_port
     )
     config = configuration.parse(text, ServerConfig, "fp-server init")
-    create_authority(directory, every)
+    create_authority(directory, config.names, config.certificate_days)
     database = Database(directory / "log.sqlite")
     try:
-        Authority(directory, database).create_operator("operator", config.certificate_days)
+        OwnCertificates(directory, database).operator("operator", config.certificate_days)
     finally:
         database.close()
     temporary = directory / "server.toml.tmp"
@@ -120,20 +132,41 @@ async def serve(directory: Path) -> None:
             database.close()
 
 
-def _renew(directory: Path, config: ServerConfig, authority: Authority) -> None:
-    for name in authority.renew(config.names, config.certificate_days):
-        logger.info("%s was about to expire and has been renewed", directory / name)
+def _keep_valid(directory: Path, own: OwnCertificates) -> None:
+    """Whoever changes `names` in server.toml needs no restart for it: the file is read every time."""
+    config = configuration.load(directory / "server.toml", ServerConfig)
+    for name in own.keep_valid(config.names, config.certificate_days):
+        logger.info("%s has been made anew", directory / name)
 
 
-async def _renew_daily(directory: Path, config: ServerConfig, authority: Authority) -> None:
-    """The operator's certificate must not run out under a server that runs for months; the server's own, renewed on
-    disk, is used from the next start."""
+async def _stay_valid(directory: Path, own: OwnCertificates) -> None:
+    """No certificate of this machine may run out under a server that runs for months."""
     while True:
-        await asyncio.sleep(DAY)
+        await asyncio.sleep(HOUR)
         try:
-            await asyncio.to_thread(_renew, directory, config, authority)
+            await asyncio.to_thread(_keep_valid, directory, own)
         except (OSError, FedPrunerError) as error:
-            logger.error("certificates could not be renewed, trying again tomorrow: %s", error)
+            logger.error("certificates could not be looked after, trying again in an hour: %s", error)
+
+
+def _servers(limits: ServerLimits) -> tuple[grpc.aio.Server, grpc.aio.Server]:
+    """The main and the enrollment server, each behind its gate."""
+    bounds = options(
+        SERVER_OPTIONS, max_concurrent_streams=STREAMS, absolute_max_metadata_size=METADATA, max_metadata_size=METADATA // 2,
+        server_handshake_timeout_ms=int(HANDSHAKE_SECONDS * 1000), max_connection_idle_ms=int(IDLE_SECONDS * 1000),
+    )  # fmt: skip
+    complaints = Complaints()
+    main = grpc.aio.server(
+        interceptors=[Gate(main_rules(), limits, complaints)],
+        options=options(bounds, max_allowed_incoming_connections=raise_descriptors(limits), max_receive_message_length=MESSAGE),
+    )
+    enroll = grpc.aio.server(
+        interceptors=[Gate(enroll_rules(limits), limits, complaints)],
+        options=options(
+            bounds, max_allowed_incoming_connections=limits.enroll_connections, max_receive_message_length=ENROLL_MESSAGE
+        ),
+    )
+    return main, enroll
 
 
 def _when_told_to_stop(grace: float) -> asyncio.Event:
@@ -152,25 +185,27 @@ def _when_told_to_stop(grace: float) -> asyncio.Event:
 
 async def _serve(directory: Path, config: ServerConfig, database: Database) -> None:
     stopping = _when_told_to_stop(config.grace_seconds)
-    store, authority = ObjectStore(directory), Authority(directory, database)
+    store, own = ObjectStore(directory), OwnCertificates(directory, database)
+    authority = Authority(directory, database, config.limits.tokens)
     store.clear_scratch()
-    _renew(directory, config, authority)
+    _keep_valid(directory, own)
+    for name in ("ca.key", "server.key", "operator.key"):
+        if (directory / name).exists() and (problem := exposed(directory / name)):
+            logger.warning("%s", problem)
+    access = Access(authority)
     coordinator = Coordinator(config, EventLog(database), store)
-    try:
-        certificate, key, ca = ((directory / name).read_bytes() for name in ("server.pem", "server.key", "ca.pem"))
-    except OSError as error:
-        raise IdentityError(f"{directory}: {error.filename}: {error.strerror}; was `fp-server init` interrupted?") from None
-    main = grpc.aio.server(options=options(SERVER_OPTIONS))
-    enroll = grpc.aio.server(options=options(SERVER_OPTIONS, max_receive_message_length=ENROLL_MESSAGE))
-    port = _bind(main, host_port(config.listen, config.port), server_credentials(certificate, key, ca))
-    enroll_port = _bind(enroll, host_port(config.listen, config.enroll_port), server_credentials(certificate, key, None))
+    certificate = ServerCertificate(directory)
+    main, enroll = _servers(config.limits)
+    port = _bind(main, host_port(config.listen, config.port), certificate.credentials(clients=True))
+    enroll_port = _bind(enroll, host_port(config.listen, config.enroll_port), certificate.credentials(clients=False))
     name = config.names[0]
-    session_pb2_grpc.add_SessionsServicer_to_server(Sessions(coordinator, authority), main)
-    objects_pb2_grpc.add_ObjectsServicer_to_server(Objects(coordinator, authority), main)
+    session_pb2_grpc.add_SessionsServicer_to_server(Sessions(coordinator, access), main)
+    objects_pb2_grpc.add_ObjectsServicer_to_server(Objects(coordinator, access), main)
     admin_pb2_grpc.add_AdminServicer_to_server(
-        Admin(coordinator, authority, host_port(name, enroll_port), host_port(name, port)), main
+        Admin(coordinator, access, host_port(name, enroll_port), host_port(name, port)), main
     )
-    enroll_pb2_grpc.add_EnrollmentServicer_to_server(Enrollment(authority, config.certificate_days), enroll)
+    enroll_pb2_grpc.add_RenewalServicer_to_server(Renewal(access, config.certificate_days), main)
+    enroll_pb2_grpc.add_EnrollmentServicer_to_server(Enrollment(access, config.certificate_days), enroll)
     checks = health.aio.HealthServicer()
     for server in (main, enroll):
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -182,9 +217,10 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     temporary.write_text(json.dumps(asdict(Endpoint(port, enroll_port, local_host(config.listen)))))
     temporary.replace(directory / FILE)
     logger.info("serving %s on port %d (enrollment on %d)", ", ".join(config.names), port, enroll_port)
-    renewing = asyncio.create_task(_renew_daily(directory, config, authority))
+    watching = [asyncio.create_task(work) for work in (_stay_valid(directory, own), access.watch())]
     await stopping.wait()
-    renewing.cancel()
+    for task in watching:
+        task.cancel()
     deadline = time.monotonic() + max(0.0, config.grace_seconds - CLOSING)
     logger.info("stopping: what is being received or aggregated has %.0f s", deadline - time.monotonic())
     await checks.enter_graceful_shutdown()
@@ -192,4 +228,7 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     patience = max(0.0, deadline - time.monotonic())
     await asyncio.gather(main.stop(patience), enroll.stop(patience))  # no new calls from here on
     await coordinator.stop(max(0.0, deadline - time.monotonic()))
+    await asyncio.gather(*watching, return_exceptions=True)
+    with contextlib.suppress(StorageError):
+        await authority.refusals.flush()
     logger.info("stopped")

@@ -7,7 +7,6 @@ import ctypes
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,30 +18,19 @@ for _variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from common.ending import leave_on_sigterm
 from common.errors import ConfigError, FedPrunerError
+from fp_server import cli_access
+from fp_server.cli_common import HERE, Directory, Json, err, out
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="The FedPruner aggregation server. Torch-free; it never sees training data.",
 )  # fmt: skip
-out, err = Console(markup=False), Console(stderr=True, markup=False)  # names, paths and devices' words may hold [brackets]
-
-Directory = Annotated[Path, typer.Option("--dir", envvar="FP_SERVER_DIR", help="The server's data directory.")]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Run = Annotated[str, typer.Argument(help="The run's name; the active or newest one if left out.")]
-HERE = Path("fp-server-data")
 ALL = 2**32 - 1
-
-
-def _duration(text: str) -> int:
-    match = re.fullmatch(r"(\d+)([smhd]?)", text)
-    if match is None:
-        raise ConfigError(f"--ttl: {text!r} is not a duration (for example 90s, 30m, 24h, 7d)")
-    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]]
 
 
 @app.command(epilog="Example: `fp-server init --dir /srv/fp --name fp.example.org --name 10.0.0.5`")
@@ -72,14 +60,24 @@ def _pin_malloc() -> None:
             mallopt(option, value)
 
 
+class _OneLine(logging.Formatter):
+    """A message is one line, whatever a device has written into it: it must not be able to forge other lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        message = record.message
+        if not message.isprintable():
+            record.message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        return super().formatMessage(record)
+
+
 @app.command(epilog="Example: `fp-server run --dir /srv/fp`")
 def run(
     dir: Directory = HERE, verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debug lines too.")] = False
 ) -> None:
     """Serve until SIGTERM; takes up again whatever was under way."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     leave_on_sigterm()
     for noisy in ("grpc", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -99,27 +97,6 @@ def health(dir: Directory = HERE, json_: Json = False) -> None:
         print(json.dumps({"serving": True, "port": at.port, "enroll_port": at.enroll_port}))  # noqa: T201
     else:
         out.print(f"serving on port {at.port} (enrollment on {at.enroll_port})", highlight=False)
-
-
-@app.command(epilog="Example: `fp-server token phone-17 --ttl 24h`")
-def token(
-    name: Annotated[str, typer.Argument(help="The device's name, unique in the federation.")],
-    dir: Directory = HERE,
-    role: Annotated[str, typer.Option(help="device or operator.")] = "device",
-    ttl: Annotated[str, typer.Option(help="How long it can be used: 90s, 30m, 24h, 7d.")] = "24h",
-) -> None:
-    """Print a one-time join token for `fp-client join`."""
-    from fp_server.operator import Operator
-
-    print(Operator(dir).token(name, role, _duration(ttl)))  # noqa: T201  plain, so that it can be piped
-
-
-@app.command(epilog="Example: `fp-server revoke phone-17`")
-def revoke(name: Annotated[str, typer.Argument(help="Whose certificates.")], dir: Directory = HERE) -> None:
-    """Revoke every certificate of a name and hang up its session."""
-    from fp_server.operator import Operator
-
-    out.print(f"revoked {Operator(dir).revoke(name)} certificate(s) of {name}", highlight=False)
 
 
 @app.command(epilog="Example: `fp-server start run.toml`")
@@ -275,6 +252,9 @@ def export(
     with err.status(Text(f"exporting to {out_dir}")):
         said = export_run(dir, run, out_dir, base, rank)
     out.print(said, highlight=False, soft_wrap=True)
+
+
+cli_access.register(app)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from common.types import (
     model_units,
     unit_modules,
 )
+from fp_server.limits import ServerLimits
 from fp_server.methods import METHODS
 
 COMPONENTS = Part.ATTENTION
@@ -49,6 +50,8 @@ class ServerConfig(Section):
     """Cap on |D_n|, so that no device buys weight by claiming samples."""
     grace_seconds: float = Field(8.0, ge=1)
     """The server ends so soon after SIGTERM; pushes and an aggregation under way may use all but the last second of it."""
+    limits: ServerLimits = ServerLimits()
+    """What peers may make large or slow."""
 
 
 class RunSection(Section):
@@ -56,7 +59,7 @@ class RunSection(Section):
 
     name: str
     method: str = "fedpruner"
-    rounds: PositiveInt
+    rounds: int = Field(ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**32)
     min_devices: PositiveInt = 2
     """A round opens when this many able devices are connected."""
@@ -155,9 +158,9 @@ class TrainSection(Section):
     """The longest a training step may take; devices plan for it, and "auto" chooses by it. 0: no limit."""
     fidelity: bool = False
     """Whether devices measure their gradient's cosine with the full model's before they train."""
-    steps: PositiveInt = 10
-    batch_size: PositiveInt = 16
-    sequence_length: int = Field(512, ge=8)
+    steps: int = Field(10, ge=1, lt=2**31)
+    batch_size: int = Field(16, ge=1, lt=2**31)
+    sequence_length: int = Field(512, ge=8, lt=2**31)
     learning_rate: PositiveFloat = 1e-4
     final_learning_rate: float = Field(5e-6, ge=0)
 
@@ -168,7 +171,7 @@ class ProbeSection(Section):
     positions: int = Field(512, ge=8, le=8192)
     kernel: Kernel = Kernel.LINEAR
     sample: Positions = Positions.CLEAN
-    batch_size: PositiveInt = 4
+    batch_size: int = Field(4, ge=1, lt=2**31)
 
 
 class PruningSection(Section):

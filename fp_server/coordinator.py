@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from common.errors import (
     FedPrunerError,
     InUseError,
+    LimitError,
     NotFound,
     StorageError,
     TooLate,
@@ -37,7 +38,8 @@ from fp_server.commands import (
     Tick,
 )
 from fp_server.config import ServerConfig
-from fp_server.log import EventLog
+from fp_server.limits import OUTBOX, Complaints
+from fp_server.log import Also, EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
@@ -76,6 +78,13 @@ class Session:
         self.reason = str(error)
         self.outbox.put_nowait(error)
 
+    def say(self, command: Send) -> None:
+        """Queue a message. A device that leaves too many unread is hung up: what it has missed is said again when it is back."""
+        if self.outbox.qsize() < OUTBOX:
+            self.outbox.put_nowait(command)
+        elif not self.reason:
+            self.close(LimitError(f"{self.device!r} has left {OUTBOX} messages unread"))
+
 
 class Coordinator:
     """All runs and all sessions of one server."""
@@ -85,6 +94,7 @@ class Coordinator:
         self.active: RunMachine | None = None
         self.names: list[str] = []
         self.sessions: dict[str, Session] = {}
+        self.complaints = Complaints()
         self._problems: dict[str, str] = {}
         self.changed = asyncio.Condition()
         self.lock = asyncio.Lock()
@@ -232,13 +242,14 @@ class Coordinator:
 
     # -- the one way in --------------------------------------------------------------------------
 
-    async def post(self, happening: e.Event | Stimulus) -> None:
-        """Commit (if it is an event), hand in, do what is asked. Raises StorageError; then nothing happened.
+    async def post(self, happening: e.Event | Stimulus, also: Also | None = None) -> None:
+        """Commit (if it is an event; `also` in its transaction), hand in, do what is asked. Raises StorageError; then nothing
+        happened.
 
         What was begun is finished even when the caller is cancelled (its stream broke): an event that is in the
         log and not in the machine would be a state that no restart gives again.
         """
-        await self.whole(self._locked_post(happening))
+        await self.whole(self._locked_post(happening, also))
 
     async def whole(self, work: Coroutine[Any, Any, T]) -> T:
         """Finish `work` even when the caller is cancelled."""
@@ -247,11 +258,11 @@ class Coordinator:
         task.add_done_callback(self._writes.discard)
         return await asyncio.shield(task)
 
-    async def _locked_post(self, happening: e.Event | Stimulus) -> None:
+    async def _locked_post(self, happening: e.Event | Stimulus, also: Also | None) -> None:
         async with self.lock:
-            await self.post_locked(happening)
+            await self.post_locked(happening, also)
 
-    async def post_locked(self, happening: e.Event | Stimulus) -> None:
+    async def post_locked(self, happening: e.Event | Stimulus, also: Also | None = None) -> None:
         """`post`, for who holds the lock already."""
         machine = self.active
         if machine is None:
@@ -265,7 +276,7 @@ class Coordinator:
                     if item.run != machine.name:
                         return
                     try:
-                        await self.log.append(item, now)
+                        await self.log.append(item, now, also if item is happening else None)
                     except StorageError as error:
                         self.note("log", str(error))
                         if item is happening:
@@ -311,7 +322,7 @@ class Coordinator:
                 raise AssertionError("records are handled where they are made")
             case _:
                 if (session := self.sessions.get(command.device)) is not None:
-                    session.outbox.put_nowait(command)
+                    session.say(command)
 
     async def _choose(self, machine: RunMachine, command: Choose) -> None:
         loop = asyncio.get_running_loop()

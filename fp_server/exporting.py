@@ -1,8 +1,9 @@
-"""A run's ledger found in a data directory and written as a PEFT adapter; the server need not run."""
+"""A run's ledger, found in a data directory (the server need not run) or fetched from a server, as a PEFT adapter."""
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fp_server.coordinator import Coordinator
 from fp_server.export import export_peft
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
+from fp_server.operator import FILE, Ledger, Operator
 from fp_server.rounds import RunMachine
 
 
@@ -35,14 +37,24 @@ def open_run(directory: Path, run: str) -> Iterator[tuple[RunMachine, ObjectStor
 
 
 def export_run(directory: Path, run: str, out: Path, base: str, rank: int | None) -> str:
-    """Export a run (the newest for an empty name); returns a line for a person.
+    """Export a run (the newest for an empty name); returns a line for a person. `directory`: a server's, or an operator's.
 
     Raises NotFound for an unknown run or an empty ledger, ConfigError when `out` exists.
     """
+    if (directory / FILE).exists() and not (directory / "log.sqlite").exists():
+        if out.exists():
+            raise ConfigError(f"{out}: exists already; name a directory that does not")
+        with tempfile.TemporaryDirectory(prefix="fp-export-") as scratch:
+            return _export(Operator(directory).ledger(run, Path(scratch)), out, base, rank)
     with open_run(directory, run) as (machine, store):
-        ledgers = {layer: store.path(ref.digest) for layer, ref in machine.ledger.items()}
-        dropped = export_peft(ledgers, machine.manifest, out, base or machine.config.model.name, rank)
+        layers = {layer: store.path(ref.digest) for layer, ref in machine.ledger.items()}
+        found = Ledger(machine.name, machine.config.model.name, machine.history.committed, machine.manifest, layers)
+        return _export(found, out, base, rank)
+
+
+def _export(ledger: Ledger, out: Path, base: str, rank: int | None) -> str:
+    dropped = export_peft(ledger.layers, ledger.manifest, out, base or ledger.model, rank)
     worst = max(dropped.values(), default=0.0)
     kept = "nothing dropped" if rank is None else f"at most {worst:.2%} of a module's energy dropped"
-    rounds = machine.history.committed
-    return f"run {machine.name} after {rounds} rounds: {len(dropped)} modules in {len(ledgers)} layers written to {out} ({kept})"
+    what = f"run {ledger.run} after {ledger.rounds} rounds: {len(dropped)} modules in {len(ledger.layers)} layers"
+    return f"{what} written to {out} ({kept})"

@@ -38,9 +38,32 @@ CREATE TABLE IF NOT EXISTS certificates (
     pem TEXT NOT NULL,
     revoked REAL
 );
+CREATE INDEX IF NOT EXISTS certificates_name ON certificates (name);
+CREATE TABLE IF NOT EXISTS revocations (
+    name TEXT PRIMARY KEY,
+    time REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS audit (
+    seq INTEGER PRIMARY KEY,
+    time REAL NOT NULL,
+    actor TEXT NOT NULL,
+    role TEXT NOT NULL,
+    serial TEXT NOT NULL,
+    address TEXT NOT NULL,
+    action TEXT NOT NULL,
+    object TEXT NOT NULL,
+    outcome TEXT NOT NULL,
+    hash TEXT NOT NULL
+);
+CREATE TRIGGER IF NOT EXISTS audit_no_update BEFORE UPDATE ON audit
+BEGIN SELECT RAISE(ABORT, 'the audit trail can only be added to'); END;
+CREATE TRIGGER IF NOT EXISTS audit_no_delete BEFORE DELETE ON audit
+BEGIN SELECT RAISE(ABORT, 'the audit trail can only be added to'); END;
 """
 
 T = TypeVar("T")
+Also = Callable[[sqlite3.Connection], None]
+"""What is written in an event's transaction besides it."""
 
 
 class Database:
@@ -96,13 +119,20 @@ class EventLog:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def append(self, event: Event, at: float | None = None) -> None:
-        """Commit one event. Raises StorageError (disk full); then nothing was written."""
+    async def append(
+        self, event: Event, at: float | None = None, also: Callable[[sqlite3.Connection], None] | None = None
+    ) -> None:
+        """Commit one event, and in the same transaction what `also` does. Raises StorageError (disk full); then nothing was
+        written."""
         kind, body = encode(event)
         row = (event.run, time.time() if at is None else at, kind, body)
-        await self._database.transact(
-            lambda c: c.execute("INSERT INTO events (run, time, kind, body) VALUES (?, ?, ?, ?)", row).rowcount
-        )
+
+        def work(c: sqlite3.Connection) -> None:
+            c.execute("INSERT INTO events (run, time, kind, body) VALUES (?, ?, ?, ?)", row)
+            if also is not None:
+                also(c)
+
+        await self._database.transact(work)
 
     def runs(self) -> list[str]:
         """All runs' names, oldest first."""

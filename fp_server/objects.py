@@ -38,11 +38,11 @@ class ObjectStore:
     """Objects below `root`/objects, arrivals below `root`/partial, scratch files below `root`/scratch."""
 
     def __init__(self, root: Path) -> None:
-        self._objects, self._partial, self.scratch = root / "objects", root / "partial", root / "scratch"
+        self._objects, self.partial, self.scratch = root / "objects", root / "partial", root / "scratch"
         self._changing = threading.Lock()
         self._adoptions: dict[str, int] = {}
         self._count = 0
-        for path in (self._objects, self._partial, self.scratch):
+        for path in (self._objects, self.partial, self.scratch):
             path.mkdir(parents=True, exist_ok=True)
 
     def clear_scratch(self) -> None:
@@ -95,7 +95,7 @@ class ObjectStore:
             if path.name not in wanted:
                 path.unlink()
                 removed += 1
-        for directory in self._partial.iterdir():
+        for directory in self.partial.iterdir():
             if directory.name not in arriving:
                 self.discard_arrivals(directory.name)
         return removed
@@ -129,11 +129,11 @@ class ObjectStore:
 
     def arrival(self, device: str, ref: ObjectRef) -> Arrival:
         """The arrival of one object from one device; goes on where an earlier one stopped."""
-        return Arrival(self, self._partial / device, ref)
+        return Arrival(self, self.partial / device, ref)
 
     def discard_arrivals(self, device: str) -> None:
         """Remove what a device has sent in part."""
-        for path in (self._partial / device).glob("*"):
+        for path in (self.partial / device).glob("*"):
             path.unlink(missing_ok=True)
 
 

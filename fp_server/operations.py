@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from common.errors import ConfigError, IdentityError
 from common.types import ModelManifest
+from fp_server import audit
 from fp_server import events as e
+from fp_server.audit import SERVER, Actor, Entry
 from fp_server.commands import Connected
 from fp_server.config import RunConfig
 from fp_server.coordinator import Coordinator
+from fp_server.limits import RUN_FILE
+from fp_server.log import Also
 from fp_server.narrate import tell
 from fp_server.reports import reject
 from fp_server.rounds import RunMachine
 from fp_server.work import parse_run, run_started
 
 
-async def start_run(coordinator: Coordinator, toml: str, manifest: ModelManifest) -> str:
+async def start_run(coordinator: Coordinator, toml: str, manifest: ModelManifest, actor: Actor = SERVER) -> str:
     """Start a run. Raises ConfigError (bad file, name taken, another run active)."""
+    if len(toml.encode()) > RUN_FILE:
+        raise ConfigError(f"run file: has {len(toml.encode())} bytes, at most {RUN_FILE} are read")
     config: RunConfig = parse_run(toml, "run file")
     config.check(manifest)
-    return await coordinator.whole(_start_run(coordinator, config, toml, manifest))
+    return await coordinator.whole(_start_run(coordinator, config, toml, manifest, actor))
 
 
-async def _start_run(coordinator: Coordinator, config: RunConfig, toml: str, manifest: ModelManifest) -> str:
+async def _start_run(coordinator: Coordinator, config: RunConfig, toml: str, manifest: ModelManifest, actor: Actor) -> str:
     async with coordinator.lock:
         if config.run.name in coordinator.names:
             raise ConfigError(f"run.name: there is already a run {config.run.name!r}; choose another name")
@@ -30,7 +36,7 @@ async def _start_run(coordinator: Coordinator, config: RunConfig, toml: str, man
                 f"run {coordinator.active.name!r} is active; stop it first (`fp-server stop {coordinator.active.name}`)"
             )
         event = run_started(config, toml, manifest)
-        await coordinator.log.append(event, coordinator.clock())
+        await coordinator.log.append(event, coordinator.clock(), _audited(actor, "start", config.run.name))
         tell(event)
         coordinator.names.append(config.run.name)
         coordinator.active = RunMachine(config, manifest)
@@ -40,19 +46,24 @@ async def _start_run(coordinator: Coordinator, config: RunConfig, toml: str, man
     return config.run.name
 
 
-async def control(coordinator: Coordinator, run: str, action: str) -> str:
+def _audited(actor: Actor, action: str, run: str) -> Also:
+    return lambda c: audit.append(c, Entry(actor, action, f"run {run}"))
+
+
+async def control(coordinator: Coordinator, run: str, action: str, actor: Actor = SERVER) -> str:
     """``pause``, ``resume`` or ``stop`` a run; returns its phase. Raises NotFound or ConfigError."""
     machine = coordinator.run(run)
     if machine.ended is not None:
         raise ConfigError(f"run {machine.name!r} has {machine.ended.outcome}; nothing to {action}")
+    audited = _audited(actor, action, machine.name)
     if action == "pause":
         if machine.paused is None:
-            await coordinator.post(e.RunPaused(machine.name, "paused by the operator"))
+            await coordinator.post(e.RunPaused(machine.name, "paused by the operator"), audited)
     elif action == "resume":
         if machine.paused is not None:
-            await coordinator.post(e.RunResumed(machine.name))
+            await coordinator.post(e.RunResumed(machine.name), audited)
     elif action == "stop":
-        await coordinator.post(e.RunEnded(machine.name, "stopped", "stopped by the operator"))
+        await coordinator.post(e.RunEnded(machine.name, "stopped", "stopped by the operator"), audited)
     else:
         raise ConfigError(f"{action!r}: not an action (pause, resume or stop)")
     return machine.phase

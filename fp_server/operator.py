@@ -1,29 +1,43 @@
-"""The operator's side of the admin service, for the command line beside the server."""
+"""The operator's side of the admin service: for the command line beside the server, and for one on another machine."""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import functools
+import hashlib
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import grpc.aio
 
-from common.checkpoint import dump_manifest
-from common.errors import UnreachableError
+from common import config as configuration
+from common.checkpoint import dump_manifest, manifest_from_json
+from common.config import Section
+from common.errors import ConfigError, DigestError, FedPrunerError, IdentityError, UnreachableError
 from common.pb import admin_pb2, admin_pb2_grpc
-from common.transport.tls import client_credentials
-from common.transport.wire import CHANNEL_OPTIONS, from_rpc_error, options
-from common.types import ModelManifest
+from common.transport import enroll, serde, tls
+from common.transport.wire import CHANNEL_OPTIONS, from_rpc_error, options, split_address
+from common.types import ModelManifest, UnitObject
 from fp_server.app import read_endpoint
+from fp_server.audit import Actor, Entry, Row
 from fp_server.health import host_port
 
+logger = logging.getLogger("fp_server")
+
+ROLE = "operator"
+FILE = "operator.toml"
+"""In an operator's directory: where the server is."""
 TIMEOUT = 20.0
 """Seconds an operator's call may take."""
+STATUS = 64 << 20
+"""Bytes a status may have."""
 
 T = TypeVar("T")
 
@@ -36,33 +50,108 @@ def _runner() -> asyncio.Runner:
     return runner
 
 
+class OperatorConfig(Section):
+    """``operator.toml``, written by ``fp-server join``."""
+
+    server: str
+    """host:port of the server."""
+
+
+class Token(NamedTuple):
+    """A join token, and what the operator should know of the name."""
+
+    text: str
+    warning: str
+
+
+class Ledger(NamedTuple):
+    """What a run has learnt so far: a file a layer."""
+
+    run: str
+    model: str
+    rounds: int
+    manifest: ModelManifest
+    layers: dict[int, Path]
+
+
+def join(text: str, directory: Path, say: enroll.Say, again: bool = False) -> enroll.Joined:
+    """Turn an operator's token into an operator's directory. Raises what `common.transport.enroll.join` does."""
+    if (directory / "server.toml").exists():
+        raise ConfigError(f"{directory}: is a server's data directory; join in another --dir")
+    path = directory / FILE
+    return _runner().run(enroll.join(text, directory, ROLE, lambda server: _write_server(path, server), say=say, again=again))
+
+
+def _write_server(path: Path, server: str) -> None:
+    path.write_text(f"# Written by `fp-server join`: where the server is.\nserver = {json.dumps(server)}\n")
+
+
 class Operator:
-    """One operator connection to the server of a data directory."""
+    """An operator's connection to a server: the one of a data directory, or the one an operator's directory has joined."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises IdentityError when the directory has no valid operator certificate."""
+        """Raises IdentityError when the directory has no valid operator certificate, ConfigError when it is neither kind."""
         self._directory = directory
-        at = read_endpoint(directory)
-        self.address = host_port(at.host, at.port)
-        # The certificate always names localhost; the address that is listened on need not be in it.
-        self._options = options(CHANNEL_OPTIONS, ssl_target_name_override="localhost")
-        self._credentials = client_credentials(directory, "operator")
+        self._local = (directory / "server.toml").exists()
+        if self._local:
+            at = read_endpoint(directory)
+            self.address = host_port(at.host, at.port)
+            # The certificate always names localhost; the address that is listened on need not be in it.
+            self._options = options(CHANNEL_OPTIONS, ssl_target_name_override="localhost", max_receive_message_length=STATUS)
+        elif (directory / FILE).exists():
+            self.address = configuration.load(directory / FILE, OperatorConfig).server
+            split_address(self.address)
+            self._options = options(CHANNEL_OPTIONS, max_receive_message_length=STATUS)
+        else:
+            raise ConfigError(
+                f"{directory}: neither a server's directory (`fp-server init`) nor an operator's (`fp-server join TOKEN`)"
+            )
+        try:
+            self._credentials = tls.client_credentials(directory, ROLE)
+        except IdentityError as error:
+            raise self._hint(error) from None
+
+    def _hint(self, error: FedPrunerError) -> FedPrunerError:
+        """The same error, with what helps here."""
+        if isinstance(error, UnreachableError):
+            here = (
+                f"is `fp-server run --dir {self._directory}` running?"
+                if self._local
+                else "does the server run, and listen there?"
+            )
+            return UnreachableError(f"{error}; {here}")
+        if isinstance(error, IdentityError) and self._local:
+            return IdentityError(f"{error} (beside the server `fp-server operator --dir {self._directory}` makes another)")
+        return error
+
+    @contextlib.asynccontextmanager
+    async def _stub(self) -> AsyncIterator[admin_pb2_grpc.AdminAsyncStub]:
+        """The admin service; what it refuses is raised as an error of ours."""
+        async with grpc.aio.secure_channel(self.address, self._credentials, self._options) as channel:
+            try:
+                yield admin_pb2_grpc.AdminStub(channel)
+            except grpc.aio.AioRpcError as error:
+                raise self._hint(from_rpc_error(error, self.address)) from None
+            if not self._local:  # the server looks after the one beside it
+                await self._renew(channel)
+
+    async def _renew(self, channel: grpc.aio.Channel) -> None:
+        """An operator's directory has no daemon: its certificate is renewed by whatever command is used in its last third."""
+        if datetime.now(UTC) < tls.renewable_from(tls.check_validity(self._directory / f"{ROLE}.pem")):
+            return
+        try:
+            await enroll.renew(channel, self._directory, ROLE)
+            self._credentials = tls.client_credentials(self._directory, ROLE)
+        except (FedPrunerError, grpc.aio.AioRpcError) as error:
+            ours = from_rpc_error(error, self.address) if isinstance(error, grpc.aio.AioRpcError) else error
+            logger.warning("the certificate ends soon and could not be renewed: %s", ours)
 
     def _run(self, call: Callable[[admin_pb2_grpc.AdminAsyncStub], Awaitable[T]]) -> T:
         async def go() -> T:
-            async with grpc.aio.secure_channel(self.address, self._credentials, self._options) as channel:
-                try:
-                    return await call(admin_pb2_grpc.AdminStub(channel))
-                except grpc.aio.AioRpcError as error:
-                    raise self._explain(error) from None
+            async with self._stub() as stub:
+                return await call(stub)
 
         return _runner().run(go())
-
-    def _explain(self, error: grpc.aio.AioRpcError) -> Exception:
-        ours = from_rpc_error(error, self.address)
-        if isinstance(ours, UnreachableError):
-            return UnreachableError(f"{ours}; is `fp-server run --dir {self._directory}` running?")
-        return ours
 
     def start(self, toml: str, manifest: ModelManifest) -> str:
         """Start a run; returns its name."""
@@ -97,21 +186,57 @@ class Operator:
         made["history"], made["history_first"] = pages + made["history"], wanted
         return made
 
-    def token(self, name: str, role: str, ttl: int) -> str:
+    def token(self, name: str, role: str, ttl: int) -> Token:
         """A one-time join token."""
         request = admin_pb2.CreateTokenRequest(name=name, role=role, ttl_seconds=ttl)
-        return self._run(lambda stub: stub.CreateToken(request, timeout=TIMEOUT)).token
+        reply = self._run(lambda stub: stub.CreateToken(request, timeout=TIMEOUT))
+        return Token(reply.token, reply.warning)
 
-    def revoke(self, name: str) -> int:
-        """Revoke a name's certificates; returns how many."""
-        return self._run(lambda stub: stub.Revoke(admin_pb2.RevokeRequest(name=name), timeout=TIMEOUT)).count
+    def revoke(self, name: str, force: bool = False) -> tuple[int, int]:
+        """Revoke a name's certificates and unused tokens; returns how many of each. Raises NotFound unless `force`."""
+        request = admin_pb2.RevokeRequest(name=name, force=force)
+        reply = self._run(lambda stub: stub.Revoke(request, timeout=TIMEOUT))
+        return reply.count, reply.tokens
+
+    def audit(self, since: float = 0.0) -> list[Row]:
+        """The entries of the audit trail from a time on, oldest first."""
+
+        async def every(stub: admin_pb2_grpc.AdminAsyncStub) -> list[Row]:
+            return [_row(message) async for message in stub.ReadAudit(admin_pb2.AuditRequest(since=since))]
+
+        return self._run(every)
+
+    def ledger(self, run: str, into: Path) -> Ledger:
+        """Fetch a run's ledger into a directory, a file a layer. Raises NotFound, DigestError when bytes are not what they
+        claim."""
+        return self._run(lambda stub: _fetch_ledger(stub, run, into))
 
     async def watch(self, run: str, last: int = 0) -> AsyncIterator[dict[str, Any]]:
         """A status whenever something changes, with as many of the `last` entries as one message holds."""
         request = admin_pb2.StatusRequest(run=run, last_rounds=last)
-        async with grpc.aio.secure_channel(self.address, self._credentials, self._options) as channel:
-            try:
-                async for message in admin_pb2_grpc.AdminStub(channel).WatchStatus(request):
-                    yield dict(json.loads(message.json))
-            except grpc.aio.AioRpcError as error:
-                raise self._explain(error) from None
+        async with self._stub() as stub:
+            async for message in stub.WatchStatus(request):
+                yield dict(json.loads(message.json))
+
+
+def _row(m: admin_pb2.AuditEntry) -> Row:
+    return Row(m.seq, m.time, Entry(Actor(m.actor, m.role, m.serial, m.address), m.action, m.object, m.outcome), m.hash)
+
+
+async def _fetch_ledger(stub: admin_pb2_grpc.AdminAsyncStub, run: str, into: Path) -> Ledger:
+    parts = aiter(stub.ReadLedger(admin_pb2.LedgerRequest(run=run)))
+    head = (await anext(parts)).head
+    objects = [UnitObject(m.layer, serde.ref_from_pb(m.ref)) for m in head.objects]
+    layers: dict[int, Path] = {}
+    for item in objects:
+        layers[item.layer] = path = into / f"layer-{item.layer}.safetensors"
+        digest, left = hashlib.sha256(), item.ref.size
+        with path.open("wb") as out:
+            while left > 0:
+                data = (await anext(parts)).data
+                left -= len(data)
+                digest.update(data)
+                out.write(data)
+        if left or digest.hexdigest() != item.ref.digest:
+            raise DigestError(f"layer {item.layer + 1} of run {head.run}: the bytes received are not the ledger's; try again")
+    return Ledger(head.run, head.model, head.rounds, manifest_from_json(head.manifest, "the server's manifest"), layers)

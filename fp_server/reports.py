@@ -35,7 +35,7 @@ async def plan_reported(coordinator: Coordinator, device: str, report: PlanRepor
 
 async def unreadable(coordinator: Coordinator, device: str, plan: bool, error: ProtocolError) -> None:
     """A device sent what does not decode: as a plan it is a refusal, during a task it is out of the round."""
-    logger.warning("device %s: %s", device, error)
+    coordinator.complaints.say(device, f"device {device}: {error}")
     machine = coordinator.active
     if machine is None:
         return
@@ -71,7 +71,7 @@ async def task_failed(coordinator: Coordinator, device: str, failed: TaskFailed)
     """A device can't do its task: it is out of this round."""
     machine = coordinator.active
     if machine is not None and failed.key.run == machine.name:
-        logger.warning("device %s: %s: %s", device, failed.error, failed.message)
+        coordinator.complaints.say(device, f"device {device}: {failed.error}: {failed.message}")
         if _expected(coordinator, device, failed.key):
             await coordinator.insist(e.DeviceDropped(machine.name, failed.key, device, failed.error, failed.message))
 

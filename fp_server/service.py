@@ -4,59 +4,54 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Coroutine
 from typing import Any
 
 import grpc.aio
 
+from common.bucket import Bucket
 from common.errors import FedPrunerError, ProtocolError
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde
-from common.transport.tls import Peer, peer_of
 from common.transport.wire import errors_to_status
 from fp_server import commands as c
 from fp_server import reports
+from fp_server.access import Access, Context
 from fp_server.coordinator import Coordinator, Session
-from fp_server.identity import Authority
+from fp_server.hangup import address_of, hang_up
+from fp_server.limits import HELLO_SECONDS, WRITE_SECONDS
+
+logger = logging.getLogger("fp_server")
 
 VERSION = "0.1.0"
 MESSAGES, BURST = 10.0, 50.0
 """Messages a second that are read from a device, and how many at once; more of them wait on the device's side."""
-HELLO_TIMEOUT = 30.0
-"""Seconds a new session may take to say Hello."""
-
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def caller(context: Context, authority: Authority, role: str) -> Peer:
-    """Who calls. Raises IdentityError for another role or a revoked certificate."""
-    peer = peer_of({key: list(values) for key, values in context.auth_context().items()})
-    authority.check(peer, role)
-    return peer
 
 
 class Sessions(session_pb2_grpc.SessionsServicer):
     """Device sessions."""
 
-    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
-        self._coordinator, self._authority = coordinator, authority
+    def __init__(self, coordinator: Coordinator, access: Access) -> None:
+        self._coordinator, self._access = coordinator, access
 
     async def Open(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """One device's session, for as long as it lasts."""
-        async with errors_to_status(context):
-            peer = caller(context, self._authority, "device")
+        async with errors_to_status(context), self._access.admitted(context, "Open", "device") as peer:
             await _expect_hello(context)
-            await context.write(session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION)))
+            await _say(
+                peer.name, context, session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION))
+            )
             session = Session(peer.name)
             try:
                 await self._coordinator.connect(session)
-                await self._serve(peer, session, context)
+                await self._serve(session, context)
             finally:
                 await asyncio.shield(self._coordinator.disconnect(session))
 
-    async def _serve(self, peer: Peer, session: Session, context: Context) -> None:
-        listening = asyncio.create_task(self._listen(peer, context))
+    async def _serve(self, session: Session, context: Context) -> None:
+        listening = asyncio.create_task(self._listen(session.device, context))
         speaking: asyncio.Task[c.Send | FedPrunerError] | None = None
         try:
             while True:
@@ -68,7 +63,7 @@ class Sessions(session_pb2_grpc.SessionsServicer):
                 command = speaking.result()
                 if isinstance(command, FedPrunerError):
                     raise command
-                await context.write(_encode(command))
+                await _say(session.device, context, _encode(command))
         finally:
             if speaking is not None:
                 speaking.cancel()
@@ -76,11 +71,10 @@ class Sessions(session_pb2_grpc.SessionsServicer):
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await listening
 
-    async def _listen(self, peer: Peer, context: Context) -> None:
+    async def _listen(self, device: str, context: Context) -> None:
         bucket = Bucket(MESSAGES, BURST)
         while (message := await context.read()) is not grpc.aio.EOF:
-            self._authority.check(peer, "device")  # a session may outlive its certificate
-            await self._hear(peer.name, message)
+            await self._hear(device, message)
             if (wait := bucket.take(time.monotonic())) > 0:  # not reading is what slows the sender down
                 await asyncio.sleep(wait)
 
@@ -105,24 +99,24 @@ class Sessions(session_pb2_grpc.SessionsServicer):
         await act
 
 
-class Bucket:
-    """A token bucket: `burst` messages at once, then `rate` a second."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self._rate, self._burst, self._left, self._at = rate, burst, burst, 0.0
-
-    def take(self, now: float) -> float:
-        """Count one message; returns how many seconds to wait before the next."""
-        self._left = min(self._burst, self._left + (now - self._at) * self._rate) - 1
-        self._at = now
-        return max(0.0, -self._left / self._rate)
+async def _say(device: str, context: Context, message: session_pb2.ServerMessage) -> None:
+    """Say something. A device that does not read has its connection cut: an orderly end would wait for it, too."""
+    writing = asyncio.ensure_future(context.write(message))
+    try:
+        if not (await asyncio.wait({writing}, timeout=WRITE_SECONDS))[0]:
+            logger.warning("device %s has read nothing for %.0f s; its connection is cut", device, WRITE_SECONDS)
+            if (address := address_of(context.peer())) is not None:
+                await asyncio.to_thread(hang_up, address)
+        await writing
+    finally:
+        writing.cancel()
 
 
 async def _expect_hello(context: Context) -> None:
     try:
-        first = await asyncio.wait_for(context.read(), HELLO_TIMEOUT)
+        first = await asyncio.wait_for(context.read(), HELLO_SECONDS)
     except TimeoutError:
-        raise ProtocolError(f"no Hello within {HELLO_TIMEOUT:.0f} s") from None
+        raise ProtocolError(f"no Hello within {HELLO_SECONDS:.0f} s") from None
     if first is grpc.aio.EOF or first.WhichOneof("body") != "hello":
         raise ProtocolError("a session must begin with Hello")
     if first.hello.schema != serde.schema():

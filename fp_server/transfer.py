@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
@@ -15,11 +14,12 @@ from common.transport.tls import Peer
 from common.transport.wire import CHUNK, errors_to_status
 from common.types import UpdateReady
 from fp_server import commands as c
+from fp_server.access import Access, Context
 from fp_server.coordinator import Coordinator
-from fp_server.identity import Authority
+from fp_server.limits import HELLO_SECONDS
 from fp_server.objects import Arrival
+from fp_server.quota import Quota
 from fp_server.reports import accept, reject
-from fp_server.service import Context, caller
 from fp_server.validation import check_metrics, check_update, update_bytes_limit
 
 
@@ -40,15 +40,15 @@ class _Push:
 class Objects(objects_pb2_grpc.ObjectsServicer):
     """Object transfer for devices."""
 
-    def __init__(self, coordinator: Coordinator, authority: Authority) -> None:
-        self._coordinator, self._authority = coordinator, authority
+    def __init__(self, coordinator: Coordinator, access: Access) -> None:
+        self._coordinator, self._access = coordinator, access
         self._pushing: dict[str, _Push] = {}
+        self._quota = Quota(coordinator.store.partial, coordinator.config.limits)
         self._checking = asyncio.Semaphore(1)  # memory must not grow with the number of devices that push at once
 
-    async def Fetch(self, request: objects_pb2.FetchRequest, context: Context) -> AsyncIterator[objects_pb2.Chunk]:  # noqa: N802
+    async def Fetch(self, request: objects_pb2.FetchRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """An object of the device's current task, from an offset on."""
-        async with errors_to_status(context):
-            peer = caller(context, self._authority, "device")
+        async with errors_to_status(context), self._access.admitted(context, "Fetch", "device") as peer:
             machine = self._coordinator.active
             if machine is None or request.digest not in machine.may_fetch(peer.name):
                 raise NotFound(f"object {request.digest[:16]!r}… is not part of this device's current task")
@@ -57,14 +57,13 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 raise ProtocolError(f"object {request.digest[:16]}… has {size} bytes; there is no byte {request.offset}")
             chunks = self._coordinator.store.chunks(request.digest, request.offset, CHUNK)
             while chunk := await asyncio.to_thread(next, chunks, b""):
-                self._authority.check(peer, "device")
                 self._coordinator.fetched(len(chunk))
-                yield objects_pb2.Chunk(data=chunk)
+                await context.write(objects_pb2.Chunk(data=chunk))
 
     async def Offset(self, request: objects_pb2.OffsetRequest, context: Context) -> objects_pb2.OffsetReply:  # noqa: N802
         """How much of an update has arrived."""
         async with errors_to_status(context):
-            peer = caller(context, self._authority, "device")
+            peer = self._access.caller(context, "Offset", "device")
             key, ref = serde.key_from_pb(request.key), serde.ref_from_pb(request.ref)
             if self._coordinator.machine_for(key.run).check_push(peer.name, key, ref):
                 return objects_pb2.OffsetReply(offset=ref.size, accepted=True)
@@ -74,8 +73,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
 
     async def Push(self, request_iterator: Any, context: Context) -> objects_pb2.PushReply:  # noqa: N802
         """Receive an update; the reply means it is durable, checked and counted."""
-        async with errors_to_status(context):
-            peer = caller(context, self._authority, "device")
+        async with errors_to_status(context), self._access.admitted(context, "Push", "device") as peer:
             task = asyncio.current_task()
             assert task is not None
             older, current = self._pushing.get(peer.name), _Push(task)
@@ -83,7 +81,10 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             try:
                 if older is not None:
                     await older.give_way()
-                first = await context.read()
+                try:
+                    first = await asyncio.wait_for(context.read(), HELLO_SECONDS)
+                except TimeoutError:
+                    raise ProtocolError(f"no header within {HELLO_SECONDS:.0f} s") from None
                 if first is grpc.aio.EOF or first.WhichOneof("body") != "header":
                     raise ProtocolError("a push must begin with its header")
                 ready = serde.ready_from_pb(first.header)
@@ -121,13 +122,14 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             await reject(self._coordinator, device, ready.key, ProtocolError(text))
             raise ProtocolError(text)
         arrival = self._coordinator.store.arrival(device, ready.ref)
-        have = await asyncio.to_thread(arrival.open)
-        try:
-            if offset != have:
-                raise OffsetError(f"the push begins at byte {offset}, expected {have}; ask Offset first")
-            await self._append(device, ready, arrival, context)
-        finally:
-            await asyncio.shield(asyncio.to_thread(arrival.close))
+        async with self._quota.held(device, ready.ref.size):
+            have = await asyncio.to_thread(arrival.open)
+            try:
+                if offset != have:
+                    raise OffsetError(f"the push begins at byte {offset}, expected {have}; ask Offset first")
+                await self._append(device, ready, arrival, context)
+            finally:
+                await asyncio.shield(asyncio.to_thread(arrival.close))
         path = await asyncio.to_thread(arrival.finish)
         try:
             norm = machine.config.limits.max_update_norm
@@ -137,7 +139,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             arrival.discard()
             await reject(self._coordinator, device, ready.key, error)
             raise
-        self._authority.check(peer, "device")  # it may have been revoked while the bytes arrived
+        self._access.authority.check(peer, "device")  # it may have been revoked a moment ago
         await asyncio.to_thread(arrival.adopt)
         return objects_pb2.PushReply(duplicate=await accept(self._coordinator, device, ready))
 

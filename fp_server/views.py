@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from fp_server.audit import OK, Row
 
 
 def size(count: float | None) -> str:
@@ -190,3 +194,24 @@ def _gradient_table(entry: dict[str, Any]) -> list[RenderableType]:
             said += f" (units {min(units.values()):.3f} to {max(units.values()):.3f})"
         table.add_row(plain(device), mode, step, said)
     return [table] if table.row_count else []
+
+
+def audit_json(row: Row) -> dict[str, Any]:
+    """An audit entry for scripts."""
+    who, what = row.entry.actor, row.entry
+    return {
+        "seq": row.seq, "time": row.time, "actor": who.name, "role": who.role, "serial": who.serial, "address": who.address,
+        "action": what.action, "object": what.object, "outcome": what.outcome, "hash": row.hash,
+    }  # fmt: skip
+
+
+def audit_table(rows: Iterable[Row]) -> RenderableType:
+    """Who did what, oldest first."""
+    table = Table("time", "who", "what", "of what", "outcome", "from")
+    for row in rows:
+        who, what = row.entry.actor, row.entry
+        at = f"{datetime.fromtimestamp(row.time):%Y-%m-%d %H:%M:%S}"
+        name = f"{who.role} {who.name}".strip() or "–"
+        words = (at, name, what.action, what.object, what.outcome, who.address or "–")
+        table.add_row(*(plain(word, "" if what.outcome == OK else "red") for word in words))
+    return table if table.row_count else Text("nothing in the audit trail for that time")

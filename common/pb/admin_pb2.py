@@ -22,39 +22,50 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from common.pb import types_pb2 as common_dot_pb_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63ommon/pb/admin.proto\x12\x0c\x66\x65\x64pruner.v1\"1\n\x0fStartRunRequest\x12\x0c\n\x04toml\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\t\"\x1c\n\rStartRunReply\x12\x0b\n\x03run\x18\x01 \x01(\t\"0\n\x11\x43ontrolRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\" \n\x0f\x43ontrolRunReply\x12\r\n\x05state\x18\x01 \x01(\t\"\x11\n\x0fListRunsRequest\"\x1d\n\rListRunsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"F\n\rStatusRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0blast_rounds\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_round\x18\x03 \x01(\r\"\x16\n\x06Status\x12\x0c\n\x04json\x18\x01 \x01(\t\"E\n\x12\x43reateTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bttl_seconds\x18\x03 \x01(\r\"!\n\x10\x43reateTokenReply\x12\r\n\x05token\x18\x01 \x01(\t\"\x1d\n\rRevokeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1c\n\x0bRevokeReply\x12\r\n\x05\x63ount\x18\x01 \x01(\r2\xfc\x03\n\x05\x41\x64min\x12\x46\n\x08StartRun\x12\x1d.fedpruner.v1.StartRunRequest\x1a\x1b.fedpruner.v1.StartRunReply\x12L\n\nControlRun\x12\x1f.fedpruner.v1.ControlRunRequest\x1a\x1d.fedpruner.v1.ControlRunReply\x12\x46\n\x08ListRuns\x12\x1d.fedpruner.v1.ListRunsRequest\x1a\x1b.fedpruner.v1.ListRunsReply\x12>\n\tGetStatus\x12\x1b.fedpruner.v1.StatusRequest\x1a\x14.fedpruner.v1.Status\x12\x42\n\x0bWatchStatus\x12\x1b.fedpruner.v1.StatusRequest\x1a\x14.fedpruner.v1.Status0\x01\x12O\n\x0b\x43reateToken\x12 .fedpruner.v1.CreateTokenRequest\x1a\x1e.fedpruner.v1.CreateTokenReply\x12@\n\x06Revoke\x12\x1b.fedpruner.v1.RevokeRequest\x1a\x19.fedpruner.v1.RevokeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63ommon/pb/admin.proto\x12\x0c\x66\x65\x64pruner.v1\x1a\x15\x63ommon/pb/types.proto\"1\n\x0fStartRunRequest\x12\x0c\n\x04toml\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\t\"\x1c\n\rStartRunReply\x12\x0b\n\x03run\x18\x01 \x01(\t\"0\n\x11\x43ontrolRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x02 \x01(\t\" \n\x0f\x43ontrolRunReply\x12\r\n\x05state\x18\x01 \x01(\t\"\x11\n\x0fListRunsRequest\"\x1d\n\rListRunsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"F\n\rStatusRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0blast_rounds\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_round\x18\x03 \x01(\r\"\x16\n\x06Status\x12\x0c\n\x04json\x18\x01 \x01(\t\"E\n\x12\x43reateTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x13\n\x0bttl_seconds\x18\x03 \x01(\r\"2\n\x10\x43reateTokenReply\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07warning\x18\x02 \x01(\t\",\n\rRevokeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\",\n\x0bRevokeReply\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"\x1d\n\x0c\x41uditRequest\x12\r\n\x05since\x18\x01 \x01(\x01\"\xa4\x01\n\nAuditEntry\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x0e\n\x06serial\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x07 \x01(\t\x12\x0e\n\x06object\x18\x08 \x01(\t\x12\x0f\n\x07outcome\x18\t \x01(\t\x12\x0c\n\x04hash\x18\n \x01(\t\"\x1c\n\rLedgerRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"u\n\nLedgerHead\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08manifest\x18\x03 \x01(\t\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12)\n\x07objects\x18\x05 \x03(\x0b\x32\x18.fedpruner.v1.UnitObject\"N\n\nLedgerPart\x12(\n\x04head\x18\x01 \x01(\x0b\x32\x18.fedpruner.v1.LedgerHeadH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04\x62ody2\x88\x05\n\x05\x41\x64min\x12\x46\n\x08StartRun\x12\x1d.fedpruner.v1.StartRunRequest\x1a\x1b.fedpruner.v1.StartRunReply\x12L\n\nControlRun\x12\x1f.fedpruner.v1.ControlRunRequest\x1a\x1d.fedpruner.v1.ControlRunReply\x12\x46\n\x08ListRuns\x12\x1d.fedpruner.v1.ListRunsRequest\x1a\x1b.fedpruner.v1.ListRunsReply\x12>\n\tGetStatus\x12\x1b.fedpruner.v1.StatusRequest\x1a\x14.fedpruner.v1.Status\x12\x42\n\x0bWatchStatus\x12\x1b.fedpruner.v1.StatusRequest\x1a\x14.fedpruner.v1.Status0\x01\x12O\n\x0b\x43reateToken\x12 .fedpruner.v1.CreateTokenRequest\x1a\x1e.fedpruner.v1.CreateTokenReply\x12@\n\x06Revoke\x12\x1b.fedpruner.v1.RevokeRequest\x1a\x19.fedpruner.v1.RevokeReply\x12\x43\n\tReadAudit\x12\x1a.fedpruner.v1.AuditRequest\x1a\x18.fedpruner.v1.AuditEntry0\x01\x12\x45\n\nReadLedger\x12\x1b.fedpruner.v1.LedgerRequest\x1a\x18.fedpruner.v1.LedgerPart0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'common.pb.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STARTRUNREQUEST']._serialized_start=39
-  _globals['_STARTRUNREQUEST']._serialized_end=88
-  _globals['_STARTRUNREPLY']._serialized_start=90
-  _globals['_STARTRUNREPLY']._serialized_end=118
-  _globals['_CONTROLRUNREQUEST']._serialized_start=120
-  _globals['_CONTROLRUNREQUEST']._serialized_end=168
-  _globals['_CONTROLRUNREPLY']._serialized_start=170
-  _globals['_CONTROLRUNREPLY']._serialized_end=202
-  _globals['_LISTRUNSREQUEST']._serialized_start=204
-  _globals['_LISTRUNSREQUEST']._serialized_end=221
-  _globals['_LISTRUNSREPLY']._serialized_start=223
-  _globals['_LISTRUNSREPLY']._serialized_end=252
-  _globals['_STATUSREQUEST']._serialized_start=254
-  _globals['_STATUSREQUEST']._serialized_end=324
-  _globals['_STATUS']._serialized_start=326
-  _globals['_STATUS']._serialized_end=348
-  _globals['_CREATETOKENREQUEST']._serialized_start=350
-  _globals['_CREATETOKENREQUEST']._serialized_end=419
-  _globals['_CREATETOKENREPLY']._serialized_start=421
-  _globals['_CREATETOKENREPLY']._serialized_end=454
-  _globals['_REVOKEREQUEST']._serialized_start=456
-  _globals['_REVOKEREQUEST']._serialized_end=485
-  _globals['_REVOKEREPLY']._serialized_start=487
-  _globals['_REVOKEREPLY']._serialized_end=515
-  _globals['_ADMIN']._serialized_start=518
-  _globals['_ADMIN']._serialized_end=1026
+  _globals['_STARTRUNREQUEST']._serialized_start=62
+  _globals['_STARTRUNREQUEST']._serialized_end=111
+  _globals['_STARTRUNREPLY']._serialized_start=113
+  _globals['_STARTRUNREPLY']._serialized_end=141
+  _globals['_CONTROLRUNREQUEST']._serialized_start=143
+  _globals['_CONTROLRUNREQUEST']._serialized_end=191
+  _globals['_CONTROLRUNREPLY']._serialized_start=193
+  _globals['_CONTROLRUNREPLY']._serialized_end=225
+  _globals['_LISTRUNSREQUEST']._serialized_start=227
+  _globals['_LISTRUNSREQUEST']._serialized_end=244
+  _globals['_LISTRUNSREPLY']._serialized_start=246
+  _globals['_LISTRUNSREPLY']._serialized_end=275
+  _globals['_STATUSREQUEST']._serialized_start=277
+  _globals['_STATUSREQUEST']._serialized_end=347
+  _globals['_STATUS']._serialized_start=349
+  _globals['_STATUS']._serialized_end=371
+  _globals['_CREATETOKENREQUEST']._serialized_start=373
+  _globals['_CREATETOKENREQUEST']._serialized_end=442
+  _globals['_CREATETOKENREPLY']._serialized_start=444
+  _globals['_CREATETOKENREPLY']._serialized_end=494
+  _globals['_REVOKEREQUEST']._serialized_start=496
+  _globals['_REVOKEREQUEST']._serialized_end=540
+  _globals['_REVOKEREPLY']._serialized_start=542
+  _globals['_REVOKEREPLY']._serialized_end=586
+  _globals['_AUDITREQUEST']._serialized_start=588
+  _globals['_AUDITREQUEST']._serialized_end=617
+  _globals['_AUDITENTRY']._serialized_start=620
+  _globals['_AUDITENTRY']._serialized_end=784
+  _globals['_LEDGERREQUEST']._serialized_start=786
+  _globals['_LEDGERREQUEST']._serialized_end=814
+  _globals['_LEDGERHEAD']._serialized_start=816
+  _globals['_LEDGERHEAD']._serialized_end=933
+  _globals['_LEDGERPART']._serialized_start=935
+  _globals['_LEDGERPART']._serialized_end=1013
+  _globals['_ADMIN']._serialized_start=1016
+  _globals['_ADMIN']._serialized_end=1664
 # @@protoc_insertion_point(module_scope)

@@ -70,6 +70,16 @@ class AdminStub:
                 request_serializer=common_dot_pb_dot_admin__pb2.RevokeRequest.SerializeToString,
                 response_deserializer=common_dot_pb_dot_admin__pb2.RevokeReply.FromString,
                 _registered_method=True)
+        self.ReadAudit = channel.unary_stream(
+                '/fedpruner.v1.Admin/ReadAudit',
+                request_serializer=common_dot_pb_dot_admin__pb2.AuditRequest.SerializeToString,
+                response_deserializer=common_dot_pb_dot_admin__pb2.AuditEntry.FromString,
+                _registered_method=True)
+        self.ReadLedger = channel.unary_stream(
+                '/fedpruner.v1.Admin/ReadLedger',
+                request_serializer=common_dot_pb_dot_admin__pb2.LedgerRequest.SerializeToString,
+                response_deserializer=common_dot_pb_dot_admin__pb2.LedgerPart.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -125,6 +135,20 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadAudit(self, request, context):
+        """The audit trail, oldest entry first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadLedger(self, request, context):
+        """What a run has learnt, for an export on another machine: a head, then the ledger's bytes, layer by layer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -162,6 +186,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Revoke,
                     request_deserializer=common_dot_pb_dot_admin__pb2.RevokeRequest.FromString,
                     response_serializer=common_dot_pb_dot_admin__pb2.RevokeReply.SerializeToString,
+            ),
+            'ReadAudit': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadAudit,
+                    request_deserializer=common_dot_pb_dot_admin__pb2.AuditRequest.FromString,
+                    response_serializer=common_dot_pb_dot_admin__pb2.AuditEntry.SerializeToString,
+            ),
+            'ReadLedger': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadLedger,
+                    request_deserializer=common_dot_pb_dot_admin__pb2.LedgerRequest.FromString,
+                    response_serializer=common_dot_pb_dot_admin__pb2.LedgerPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -354,6 +388,60 @@ class Admin:
             '/fedpruner.v1.Admin/Revoke',
             common_dot_pb_dot_admin__pb2.RevokeRequest.SerializeToString,
             common_dot_pb_dot_admin__pb2.RevokeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedpruner.v1.Admin/ReadAudit',
+            common_dot_pb_dot_admin__pb2.AuditRequest.SerializeToString,
+            common_dot_pb_dot_admin__pb2.AuditEntry.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedpruner.v1.Admin/ReadLedger',
+            common_dot_pb_dot_admin__pb2.LedgerRequest.SerializeToString,
+            common_dot_pb_dot_admin__pb2.LedgerPart.FromString,
             options,
             channel_credentials,
             insecure,

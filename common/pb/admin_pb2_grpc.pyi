@@ -47,6 +47,10 @@ class AdminStub:
     """Makes a one-time join token."""
     Revoke: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RevokeRequest, _admin_pb2.RevokeReply]
     """Revokes every certificate of a name."""
+    ReadAudit: _grpc.UnaryStreamMultiCallable[_admin_pb2.AuditRequest, _admin_pb2.AuditEntry]
+    """The audit trail, oldest entry first."""
+    ReadLedger: _grpc.UnaryStreamMultiCallable[_admin_pb2.LedgerRequest, _admin_pb2.LedgerPart]
+    """What a run has learnt, for an export on another machine: a head, then the ledger's bytes, layer by layer."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -67,6 +71,10 @@ class AdminAsyncStub(AdminStub):
     """Makes a one-time join token."""
     Revoke: _aio.UnaryUnaryMultiCallable[_admin_pb2.RevokeRequest, _admin_pb2.RevokeReply]  # type: ignore[assignment]
     """Revokes every certificate of a name."""
+    ReadAudit: _aio.UnaryStreamMultiCallable[_admin_pb2.AuditRequest, _admin_pb2.AuditEntry]  # type: ignore[assignment]
+    """The audit trail, oldest entry first."""
+    ReadLedger: _aio.UnaryStreamMultiCallable[_admin_pb2.LedgerRequest, _admin_pb2.LedgerPart]  # type: ignore[assignment]
+    """What a run has learnt, for an export on another machine: a head, then the ledger's bytes, layer by layer."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """Runs and devices, seen and steered."""
@@ -126,5 +134,21 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RevokeReply, _abc.Awaitable[_admin_pb2.RevokeReply]]:
         """Revokes every certificate of a name."""
+
+    @_abc_1.abstractmethod
+    def ReadAudit(
+        self,
+        request: _admin_pb2.AuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.AuditEntry], _abc.AsyncIterator[_admin_pb2.AuditEntry]]:
+        """The audit trail, oldest entry first."""
+
+    @_abc_1.abstractmethod
+    def ReadLedger(
+        self,
+        request: _admin_pb2.LedgerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.LedgerPart], _abc.AsyncIterator[_admin_pb2.LedgerPart]]:
+        """What a run has learnt, for an export on another machine: a head, then the ledger's bytes, layer by layer."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63ommon/pb/enroll.proto\x12\x0c\x66\x65\x64pruner.v1\"\x0e\n\x0cGetCaRequest\"\x1c\n\nGetCaReply\x12\x0e\n\x06\x63\x61_pem\x18\x01 \x01(\t\"0\n\rEnrollRequest\x12\x0e\n\x06secret\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\t\"B\n\x0b\x45nrollReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t2\x8d\x01\n\nEnrollment\x12=\n\x05GetCa\x12\x1a.fedpruner.v1.GetCaRequest\x1a\x18.fedpruner.v1.GetCaReply\x12@\n\x06\x45nroll\x12\x1b.fedpruner.v1.EnrollRequest\x1a\x19.fedpruner.v1.EnrollReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x63ommon/pb/enroll.proto\x12\x0c\x66\x65\x64pruner.v1\"\x0e\n\x0cGetCaRequest\"\x1c\n\nGetCaReply\x12\x0e\n\x06\x63\x61_pem\x18\x01 \x01(\t\">\n\rEnrollRequest\x12\x0e\n\x06secret\x18\x01 \x01(\t\x12\x0f\n\x07\x63sr_pem\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\"B\n\x0b\x45nrollReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07\x63sr_pem\x18\x01 \x01(\t2\x8d\x01\n\nEnrollment\x12=\n\x05GetCa\x12\x1a.fedpruner.v1.GetCaRequest\x1a\x18.fedpruner.v1.GetCaReply\x12@\n\x06\x45nroll\x12\x1b.fedpruner.v1.EnrollRequest\x1a\x19.fedpruner.v1.EnrollReply2I\n\x07Renewal\x12>\n\x05Renew\x12\x1a.fedpruner.v1.RenewRequest\x1a\x19.fedpruner.v1.EnrollReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,9 +36,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCAREPLY']._serialized_start=56
   _globals['_GETCAREPLY']._serialized_end=84
   _globals['_ENROLLREQUEST']._serialized_start=86
-  _globals['_ENROLLREQUEST']._serialized_end=134
-  _globals['_ENROLLREPLY']._serialized_start=136
-  _globals['_ENROLLREPLY']._serialized_end=202
-  _globals['_ENROLLMENT']._serialized_start=205
-  _globals['_ENROLLMENT']._serialized_end=346
+  _globals['_ENROLLREQUEST']._serialized_end=148
+  _globals['_ENROLLREPLY']._serialized_start=150
+  _globals['_ENROLLREPLY']._serialized_end=216
+  _globals['_RENEWREQUEST']._serialized_start=218
+  _globals['_RENEWREQUEST']._serialized_end=249
+  _globals['_ENROLLMENT']._serialized_start=252
+  _globals['_ENROLLMENT']._serialized_end=393
+  _globals['_RENEWAL']._serialized_start=395
+  _globals['_RENEWAL']._serialized_end=468
 # @@protoc_insertion_point(module_scope)

@@ -15,12 +15,14 @@ class GetCaReply(_message.Message):
     def __init__(self, ca_pem: _Optional[str] = ...) -> None: ...
 
 class EnrollRequest(_message.Message):
-    __slots__ = ("secret", "csr_pem")
+    __slots__ = ("secret", "csr_pem", "role")
     SECRET_FIELD_NUMBER: _ClassVar[int]
     CSR_PEM_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     secret: str
     csr_pem: str
-    def __init__(self, secret: _Optional[str] = ..., csr_pem: _Optional[str] = ...) -> None: ...
+    role: str
+    def __init__(self, secret: _Optional[str] = ..., csr_pem: _Optional[str] = ..., role: _Optional[str] = ...) -> None: ...
 
 class EnrollReply(_message.Message):
     __slots__ = ("certificate_pem", "name", "role")
@@ -31,3 +33,9 @@ class EnrollReply(_message.Message):
     name: str
     role: str
     def __init__(self, certificate_pem: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[str] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("csr_pem",)
+    CSR_PEM_FIELD_NUMBER: _ClassVar[int]
+    csr_pem: str
+    def __init__(self, csr_pem: _Optional[str] = ...) -> None: ...

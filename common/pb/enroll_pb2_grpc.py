@@ -143,3 +143,79 @@ class Enrollment:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class RenewalStub:
+    """On the main port, where callers show the certificates they have.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Renew = channel.unary_unary(
+                '/fedpruner.v1.Renewal/Renew',
+                request_serializer=common_dot_pb_dot_enroll__pb2.RenewRequest.SerializeToString,
+                response_deserializer=common_dot_pb_dot_enroll__pb2.EnrollReply.FromString,
+                _registered_method=True)
+
+
+class RenewalServicer:
+    """On the main port, where callers show the certificates they have.
+    """
+
+    def Renew(self, request, context):
+        """Signs a key for the caller. Name and role are those of the certificate it shows, whatever the CSR asks for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RenewalServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=common_dot_pb_dot_enroll__pb2.RenewRequest.FromString,
+                    response_serializer=common_dot_pb_dot_enroll__pb2.EnrollReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'fedpruner.v1.Renewal', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('fedpruner.v1.Renewal', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Renewal:
+    """On the main port, where callers show the certificates they have.
+    """
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpruner.v1.Renewal/Renew',
+            common_dot_pb_dot_enroll__pb2.RenewRequest.SerializeToString,
+            common_dot_pb_dot_enroll__pb2.EnrollReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -20,6 +20,10 @@ from common.pb import admin_pb2, enroll_pb2, objects_pb2, session_pb2, types_pb2
 
 MAX_UNITS = 4096
 """More units than any model has; bounds the U x U matrix a device may send."""
+MAX_TARGETS = 1024
+"""More modules than any layer has."""
+TEXT = 512
+"""Characters of a name or of a device's refusal, which stands in the log of every round it is left out of."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PARTS = {
@@ -51,6 +55,17 @@ def _enum(kind: type[E], value: str, field: str) -> E:
 def _name(value: str, field: str) -> str:
     if t.NAME.fullmatch(value) is None:
         raise ProtocolError(f"{field}: {value[:80]!r} is not a name (a-z, 0-9, '.', '_', '-'; at most 63)")
+    return value
+
+
+def run_name(value: str, field: str) -> str:
+    """A run's name where it stands alone in a message: it becomes a file's name."""
+    return _name(value, field)
+
+
+def _text(value: str, field: str) -> str:
+    if len(value) > TEXT:
+        raise ProtocolError(f"{field}: {len(value)} characters, at most {TEXT} are read")
     return value
 
 
@@ -117,6 +132,8 @@ def _adapter_to_pb(adapter: tuple[t.UnitObject, ...]) -> list[types_pb2.UnitObje
 def _adapter_from_pb(messages: list[types_pb2.UnitObject]) -> tuple[t.UnitObject, ...]:
     if len(messages) > MAX_UNITS:
         raise ProtocolError(f"adapter: {len(messages)} objects is more than any model has layers")
+    if len({m.layer for m in messages}) < len(messages) or any(m.layer >= MAX_UNITS for m in messages):
+        raise ProtocolError("adapter: two objects of one layer, or one of a layer no model has")
     return tuple(t.UnitObject(m.layer, ref_from_pb(m.ref)) for m in messages)
 
 
@@ -153,6 +170,8 @@ def train_spec_to_pb(spec: t.TrainSpec) -> types_pb2.TrainSpec:
 
 def train_spec_from_pb(m: types_pb2.TrainSpec) -> t.TrainSpec:
     """Message -> TrainSpec."""
+    if len(m.targets) > MAX_TARGETS:
+        raise ProtocolError(f"train.targets: {len(m.targets)} modules is more than any layer has")
     return t.TrainSpec(
         steps=m.steps,
         batch_size=m.batch_size,
@@ -160,7 +179,7 @@ def train_spec_from_pb(m: types_pb2.TrainSpec) -> t.TrainSpec:
         learning_rate=_finite(m.learning_rate, "train.learning_rate"),
         rank=m.rank,
         alpha=_finite(m.alpha, "train.alpha"),
-        targets=tuple(m.targets),
+        targets=tuple(_text(name, "train.targets") for name in m.targets),
         seed=m.seed,
         dropout=_finite(m.dropout, "train.dropout"),
         gradient=_enum(t.Gradient, m.gradient, "train.gradient"),
@@ -186,9 +205,9 @@ def run_spec_from_pb(m: types_pb2.RunSpec) -> t.RunSpec:
     """Message -> RunSpec."""
     return t.RunSpec(
         run=_name(m.run, "spec.run"),
-        model=m.model,
+        model=_text(m.model, "spec.model"),
         fingerprint=_digest(m.fingerprint, "spec.fingerprint"),
-        method=m.method,
+        method=_text(m.method, "spec.method"),
         part=_part(m.part, "spec.part"),
         train=train_spec_from_pb(m.train),
         probe=probe_spec_from_pb(m.probe),
@@ -235,7 +254,7 @@ def plan_report_from_pb(m: session_pb2.PlanReport) -> t.PlanReport:
         ),
         unit_bytes=tuple(m.unit_bytes),
         smallest_budget=m.smallest_budget,
-        refusal=m.refusal[:4096],
+        refusal=m.refusal[:TEXT],
         budget_bytes=m.budget_bytes,
     )
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 import grpc.aio
 
-from common.errors import BY_NAME, FedPrunerError, IdentityError, UnreachableError
+from common.errors import BY_NAME, ConfigError, FedPrunerError, IdentityError, LimitError, UnreachableError
 
 CHUNK = 1 << 20
 """Bytes a chunk: the fastest size on loopback, well under gRPC's default message limit."""
@@ -25,6 +25,7 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_metadata_size", 8 << 10),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # without it a frozen peer is found out after a minute more
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_retries", 0),
@@ -101,13 +102,13 @@ async def retrying(
     address: str,
     on_retry: Callable[[int, float, FedPrunerError], None] | None = None,
 ) -> T:
-    """Run `call` until it succeeds; only unreachability is retried, and at most `backoff.attempts` times."""
+    """Run `call` until it succeeds; only unreachability and limits are waited out, and at most `backoff.attempts` times."""
     for attempt in range(backoff.attempts):
         try:
             return await call()
         except grpc.aio.AioRpcError as raw:
             error = from_rpc_error(raw, address)
-            if not isinstance(error, UnreachableError) or attempt + 1 == backoff.attempts:
+            if not isinstance(error, (UnreachableError, LimitError)) or attempt + 1 == backoff.attempts:
                 raise error from None
         delay = backoff.delay(attempt)
         if on_retry is not None:
@@ -119,3 +120,11 @@ async def retrying(
 def options(base: Sequence[tuple[str, int]], **extra: int | str) -> list[tuple[str, Any]]:
     """gRPC options as the library wants them."""
     return [*base, *((f"grpc.{name}", value) for name, value in extra.items())]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """host:port, the host without brackets. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{address!r} is not host:port")
+    return host.strip("[]"), int(port)

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import grpc.aio
 from cryptography import x509
 from fake_ca import FakeCa
@@ -44,6 +45,23 @@ class FakeEnrollment(enroll_pb2_grpc.EnrollmentServicer):
         return enroll_pb2.EnrollReply(certificate_pem=self.ca.device("alice", key).decode(), name="alice", role="device")
 
 
+class FakeRenewal(enroll_pb2_grpc.RenewalServicer):
+    """`issue`: the certificate (PEM) for a caller and its key; `errors` are what it answers first."""
+
+    def __init__(self, ca: FakeCa) -> None:
+        self.issue = lambda peer, key: ca.device(peer.name, key)
+        self.errors: list[FedPrunerError] = []
+        self.asked: list[tls.Peer] = []
+
+    async def Renew(self, request, context):  # noqa: N802
+        peer = tls.peer_of(context.auth_context())
+        self.asked.append(peer)
+        if self.errors:
+            await wire.abort(context, self.errors.pop(0))
+        key = x509.load_pem_x509_csr(request.csr_pem.encode()).public_key()
+        return enroll_pb2.EnrollReply(certificate_pem=self.issue(peer, key).decode(), name=peer.name, role=peer.role)
+
+
 class FakeSessions(session_pb2_grpc.SessionsServicer):
     """Every session is announced in `opened`; what the device says is in `said`, what to tell it goes into `tell`."""
 
@@ -53,6 +71,7 @@ class FakeSessions(session_pb2_grpc.SessionsServicer):
         self.tell: asyncio.Queue[Any] = asyncio.Queue()
         self.refuse: FedPrunerError | None = None
         self.schemas: list[str] = []
+        self.serials: list[str] = []
 
     async def Open(self, requests, context):  # noqa: N802
         hello = await anext(aiter(requests))
@@ -61,6 +80,7 @@ class FakeSessions(session_pb2_grpc.SessionsServicer):
             await wire.abort(context, self.refuse)
         self.opened += 1
         peer = tls.peer_of(context.auth_context())
+        self.serials.append(peer.serial)
         yield session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version="fake"))
 
         async def listen() -> None:
@@ -111,6 +131,8 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
         self.fetch_errors: list[FedPrunerError] = []
         self.push_errors: list[FedPrunerError] = []
         self.lose_replies = 0
+        self.forgets = self.empty = False
+        """Hostile: takes a whole update and wants it again; sends pieces of nothing, without end."""
 
     def put(self, data: bytes) -> Any:
         from common.types import ObjectRef
@@ -123,6 +145,8 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
         self.offsets.append(request.offset)
         if self.fetch_errors:
             await wire.abort(context, self.fetch_errors.pop(0))
+        while self.empty:
+            yield objects_pb2.Chunk()
         data = self.objects[request.digest]
         end = self.cuts.pop(0) if self.cuts else len(data)
         for start in range(request.offset, end, wire.CHUNK):
@@ -156,6 +180,9 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
             if cut is not None and len(self.received) >= cut:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
         assert hashlib.sha256(self.received).hexdigest() == header.ref.digest
+        if self.forgets:
+            self.received.clear()
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
         self.accepted[header.ref.digest] = bytes(self.received)
         self.metrics.append(header.metrics)
         self.received.clear()
@@ -169,7 +196,7 @@ class FakeServer:
     def __init__(self, ca: FakeCa, shown_ca: FakeCa | None = None) -> None:
         self.ca = ca
         self.enrollment = FakeEnrollment(ca, shown_ca or ca)
-        self.sessions, self.objects = FakeSessions(), FakeObjects()
+        self.sessions, self.objects, self.renewal = FakeSessions(), FakeObjects(), FakeRenewal(ca)
         self.port = self.enroll_port = 0
         self._server: Any = None
 
@@ -187,8 +214,10 @@ class FakeServer:
         enroll_pb2_grpc.add_EnrollmentServicer_to_server(self.enrollment, self._server)
         session_pb2_grpc.add_SessionsServicer_to_server(self.sessions, self._server)
         objects_pb2_grpc.add_ObjectsServicer_to_server(self.objects, self._server)
-        self.port = self._server.add_secure_port(f"localhost:{self.port}", tls.server_credentials(certificate, key, self.ca.pem))
-        self.enroll_port = self._server.add_secure_port("localhost:0", tls.server_credentials(certificate, key, None))
+        enroll_pb2_grpc.add_RenewalServicer_to_server(self.renewal, self._server)
+        mutual = grpc.ssl_server_credentials([(key, certificate)], self.ca.pem, require_client_auth=True)
+        self.port = self._server.add_secure_port(f"localhost:{self.port}", mutual)
+        self.enroll_port = self._server.add_secure_port("localhost:0", grpc.ssl_server_credentials([(key, certificate)]))
         await self._server.start()
 
     async def stop(self) -> None:

@@ -544,7 +544,10 @@ def test_an_object_of_other_bytes_fails_the_task(tmp_path):
             await device.hears("probe", probe_task([UnitObject(0, ref)]))
             assert (await server.sessions.next("failed")).error == "DigestError"
             await device.hears("probe", probe_task([UnitObject(0, ObjectRef(ref.digest, 1 << 50))]))
-            assert "more than any adapter object" in (await server.sessions.next("failed")).message
+            assert "policy.toml: max_fetch: the server asks for" in (await server.sessions.next("failed")).message
+            device.agent._policy.__dict__["max_fetch"] = 1 << 60
+            await device.hears("probe", probe_task([UnitObject(0, ObjectRef(ref.digest, 1 << 50))]))
+            assert "client.toml allows 1048576 ([cache] max_size)" in (await server.sessions.next("failed")).message
 
     against(tmp_path, body)
 
@@ -567,7 +570,7 @@ def test_a_session_in_which_a_task_was_done_begins_the_count_of_failures_anew(tm
         async with Device(server, tmp_path) as device:
             await device.joins()
             for number in range(2 * QUICK.attempts):
-                await device.hears("probe", probe_task(key=replace(KEY, round=number)))
+                await device.hears("probe", probe_task(key=replace(KEY, attempt=number)))
                 await server.sessions.next("probe")
                 await server.sessions.tell.put(session_pb2.ServerMessage())
                 await device.until(lambda wanted=number + 2: server.sessions.opened == wanted)

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from fake_ca import FakeCa
 from server_side import (
     Device,
@@ -19,13 +20,26 @@ from server_side import (
     hello,
     plan_report,
     read,
+    ready_for,
     run_toml,
     whole_run,
+    write_identity,
 )
 
-from common.pb import admin_pb2, admin_pb2_grpc, objects_pb2, objects_pb2_grpc, session_pb2, session_pb2_grpc
+from common.errors import IdentityError, UnreachableError
+from common.pb import (
+    admin_pb2,
+    admin_pb2_grpc,
+    enroll_pb2,
+    enroll_pb2_grpc,
+    objects_pb2,
+    objects_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
 from common.transport import serde, tls
 from common.types import TaskKey
+from fp_client.rpc import Connection, diagnose
 from fp_server.identity import Authority
 from fp_server.log import Database, EventLog
 
@@ -103,6 +117,101 @@ def test_an_expired_certificate(idle, tmp_path):
     asyncio.run(body())
 
 
+def of_the_servers_ca(server) -> FakeCa:
+    """What somebody with the server's own CA key could make."""
+    ca = x509.load_pem_x509_certificate((server.directory / "ca.pem").read_bytes())
+    return FakeCa(tls.load_key(server.directory / "ca.key"), ca)
+
+
+def uri(*texts: str) -> list[x509.GeneralName]:
+    return [x509.UniformResourceIdentifier(text) for text in texts]
+
+
+CLIENT, SERVER = ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (uri("fedpruner://device/alice", "fedpruner://operator/boss"), "carries 2 identities; it must be one"),
+        (uri("fedpruner://device/alice", "fedpruner://device/alice"), "carries 2 identities; it must be one"),
+        (uri("fedpruner://device/"), "'fedpruner://device/', which is no identity (fedpruner://<role>/<name>)"),
+        (uri("fedpruner://device/../../etc"), "which is no identity"),
+        (uri("fedpruner://device/Alice"), "which is no identity"),
+        (uri("fedpruner://king/alice"), "which is no identity"),
+        (uri("fedpruner://operator"), "which is no identity"),
+        (uri("fedpruner://device/alice/operator"), "which is no identity"),
+        (uri("FEDPRUNER://device/alice"), "carries no FedPruner identity"),
+        (uri("spiffe://device/alice"), "carries no FedPruner identity"),
+        ([x509.DNSName("localhost")], "carries no FedPruner identity"),
+    ],
+)
+def test_a_certificate_with_another_or_no_identity(idle, tmp_path, names, said):
+    """Signed by the right CA, for the right usage; nothing is guessed from what it carries instead."""
+    key = tls.new_key()
+    pem = of_the_servers_ca(idle).issue(key.public_key(), names, CLIENT)
+    mine = write_identity(tmp_path, (idle.directory / "ca.pem").read_text(), pem.decode(), key)
+
+    async def body():
+        async with grpc.aio.secure_channel(idle.address, tls.client_credentials(mine)) as channel:
+            renew = enroll_pb2.RenewRequest(csr_pem=tls.make_csr(key, "alice"))
+            for call in (
+                lambda: first_answer(channel, hello()),
+                lambda: admin_pb2_grpc.AdminStub(channel).ListRuns(admin_pb2.ListRunsRequest(), timeout=10),
+                lambda: fetch(channel, "0" * 64),
+                lambda: enroll_pb2_grpc.RenewalStub(channel).Renew(renew, timeout=10),
+            ):
+                error = await refused(call)
+                assert (error_name(error), error.code()) == ("IdentityError", grpc.StatusCode.PERMISSION_DENIED)
+                assert said in error.details()
+        assert (await idle.status())["connected"] == []
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("kind", ["a device's identity for a server's usage", "the server's own certificate"])
+def test_a_certificate_for_another_usage(idle, tmp_path, kind):
+    """Signed by the right CA, and refused in the handshake: it is not one to call with."""
+    if kind.startswith("the server"):
+        key, pem = tls.load_key(idle.directory / "server.key"), (idle.directory / "server.pem").read_bytes()
+    else:
+        key = tls.new_key()
+        pem = of_the_servers_ca(idle).issue(key.public_key(), uri("fedpruner://device/alice"), SERVER)
+    mine = write_identity(tmp_path, (idle.directory / "ca.pem").read_text(), pem.decode(), key)
+
+    async def body():
+        async with grpc.aio.secure_channel(idle.address, tls.client_credentials(mine)) as channel:
+            error = await refused(lambda: first_answer(channel, hello()))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            error = await refused(admin_pb2_grpc.AdminStub(channel).ListRuns(admin_pb2.ListRunsRequest(), timeout=10))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+        verdict = await asyncio.to_thread(diagnose, mine, idle.address)
+        assert verdict is not None and "the server refuses this device's certificate" in str(verdict)
+
+    asyncio.run(body())
+
+
+def test_a_device_does_not_take_another_device_for_a_server(idle, tmp_path):
+    """Its certificate is of the right CA; usage and names are not a server's."""
+    rogue = idle.devices / "bob"
+    pair = ((rogue / "device.key").read_bytes(), (rogue / "device.pem").read_bytes())
+
+    async def body():
+        server = grpc.aio.server()
+        port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
+        await server.start()
+        try:
+            connection = Connection(idle.devices / "alice", f"localhost:{port}")
+            for kind in (UnreachableError, IdentityError):  # what looks like a refusal is believed the second time
+                with pytest.raises(kind, match=r"certificate|reached"):
+                    await connection.open()
+            await connection.close()
+        finally:
+            await server.stop(0)
+
+    asyncio.run(body())
+
+
 def test_roles_are_kept_apart(idle):
     async def body():
         async with idle.channel("alice") as channel:
@@ -122,7 +231,7 @@ def test_roles_are_kept_apart(idle):
                 assert "'alice' is a device; this needs the role operator" in error.details()
         async with idle.channel("boss") as channel:
             error = await refused(lambda: first_answer(channel, hello()))
-            assert error_name(error) == "IdentityError" and "'boss' is a operator" in error.details()
+            assert error_name(error) == "IdentityError" and "'boss' is an operator" in error.details()
             error = await refused(fetch(channel, "0" * 64))
             assert error_name(error) == "IdentityError"
 
@@ -250,6 +359,32 @@ def test_only_the_digests_of_the_own_task_can_be_fetched(server):
 
     status = asyncio.run(whole_run(server, [Device(server, "alice", make=make), Device(server, "bob")], run_toml()))
     assert checked and checked[0] > 0 and status["state"] == "finished"
+
+
+def test_a_device_that_is_not_in_the_round_can_not_push_for_one_that_is(tmp_path):
+    """Who pushes is the certificate's name, whatever key the header has."""
+    server = Server(tmp_path / "server", ("alice", "bob", "mallory"))
+    server.start()
+    said = []
+
+    async def make(assignment, device):
+        data = device.honest(assignment)
+        async with server.channel("mallory") as channel:
+            error = await refused(Device(server, "mallory").push(channel, ready_for(assignment.key, data), data))
+            said.append((error_name(error), error.details()))
+            stub = objects_pb2_grpc.ObjectsStub(channel)
+            call = stub.Push(iter([objects_pb2.PushMessage(header=serde.ready_to_pb(ready_for(assignment.key, data), 0))]))
+            error = await refused(call)
+            said.append((error_name(error), error.details()))
+        return data
+
+    try:
+        devices = [Device(server, "alice", make=make), Device(server, "bob")]
+        status = asyncio.run(whole_run(server, devices, run_toml(rounds=1, final_evaluation=False)))
+        assert said == [("NotFound", "round 1 of 'toy-run' expects no update from 'mallory'")] * 2
+        assert list(status["history"][0]["weights"]) == ["alice", "bob"]
+    finally:
+        server.kill()
 
 
 def test_other_base_weights_are_refused_saying_both_fingerprints(server):
@@ -412,7 +547,7 @@ def test_a_revoked_name_can_join_again_with_a_new_token(tmp_path):
     database = Database(server.directory / "log.sqlite")
     try:
         authority = Authority(server.directory, database)
-        assert asyncio.run(authority.revoke("alice")) == 1
+        assert asyncio.run(authority.revoke("alice")) == (1, 0)
     finally:
         database.close()
     old = tmp_path / "old"

@@ -6,6 +6,7 @@ import asyncio
 import json
 import struct
 from dataclasses import replace
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -18,6 +19,7 @@ from common.pb import objects_pb2, objects_pb2_grpc
 from common.tensorfile import write_tensors
 from common.transport import serde
 from common.types import LoraBlock, TaskKey
+from fp_client import rpc_objects
 from fp_client.rpc import Connection
 from fp_client.rpc_objects import Transfer
 
@@ -283,7 +285,7 @@ def test_a_push_after_the_round_closed_is_too_late(server):
     assert status["history"][0]["weights"] == {"alice": 40}
 
 
-def test_a_resumed_push_outlives_what_its_half_open_predecessor_still_sends(server, tmp_path):
+def test_a_resumed_push_outlives_what_its_half_open_predecessor_still_sends(server, tmp_path, monkeypatch):
     """Between Offset and Push the older stream appends: the device asks again, and nothing that arrived is sent twice."""
     offsets, first_bytes = [], []
 
@@ -294,11 +296,11 @@ def test_a_resumed_push_outlives_what_its_half_open_predecessor_still_sends(serv
         path = tmp_path / "update"
         path.write_bytes(data)
         ready = ready_for(assignment.key, data)
-        partial = server.directory / "partial" / "bob" / ready.ref.digest
+        arrived = server.directory / "partial" / "bob" / ready.ref.digest
 
         async def stored(size):
             async with asyncio.timeout(10):
-                while not partial.exists() or partial.stat().st_size < size:  # noqa: ASYNC110  another process makes it
+                while not arrived.exists() or arrived.stat().st_size < size:  # noqa: ASYNC110  another process makes it
                     await asyncio.sleep(0.02)
 
         async with server.channel("bob") as channel:
@@ -308,20 +310,26 @@ def test_a_resumed_push_outlives_what_its_half_open_predecessor_still_sends(serv
             await stored(500)
             connection = Connection(server.devices / "bob", server.address)
             transfer = Transfer(connection)
-            ask = transfer._stub.Offset
+            real = objects_pb2_grpc.ObjectsStub
 
-            async def offset(request, timeout):
-                reply = await ask(request, timeout=timeout)
+            async def offset(channel, request, timeout):
+                reply = await real(channel).Offset(request, timeout=timeout)
                 offsets.append(reply.offset)
                 if len(offsets) == 1:
                     await older.write(objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=data[500:800])))
                     await stored(800)
                 return reply
 
-            transfer._stub.Offset = offset
+            def stub(channel):
+                made = real(channel)
+                made.Offset = partial(offset, channel)
+                return made
+
+            monkeypatch.setattr(rpc_objects.objects_pb2_grpc, "ObjectsStub", stub)
             try:
                 duplicate = await transfer.push(ready, path, lambda done, total: first_bytes.append(done))
             finally:
+                monkeypatch.undo()
                 await connection.close()
             assert not duplicate
         return data
@@ -347,9 +355,9 @@ def test_a_second_push_of_the_same_device_takes_the_first_ones_place(server):
             call = objects_pb2_grpc.ObjectsStub(channel).Push(timeout=20)
             await call.write(objects_pb2.PushMessage(header=serde.ready_to_pb(ready, 0)))
             await call.write(objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=data[:500])))
-            partial = server.directory / "partial" / "bob" / ready.ref.digest
+            arrived = server.directory / "partial" / "bob" / ready.ref.digest
             async with asyncio.timeout(10):
-                while not partial.exists():  # noqa: ASYNC110  another process makes it
+                while not arrived.exists():  # noqa: ASYNC110  another process makes it
                     await asyncio.sleep(0.02)
             assert await device.push(channel, ready, data) is False
             async with asyncio.timeout(10):

@@ -58,6 +58,38 @@ def test_a_server_that_shows_the_right_ca_but_has_no_certificate_of_it_learns_no
     asyncio.run(main())
 
 
+def test_a_second_ca_behind_the_right_one_is_not_trusted(tmp_path):
+    """A man in the middle shows the token's CA with his own behind it in one text, and a certificate of his own."""
+
+    async def main():
+        real, mine = FakeCa.make(), FakeCa.make()
+
+        class Both:
+            pem = real.pem + mine.pem
+
+        async with serving(mine, shown_ca=Both()) as server:
+            with pytest.raises((IdentityError, UnreachableError)):
+                await join(server.token(ca=real.digest), tmp_path, QUICK)
+            assert server.enrollment.requests == []
+        assert not (tmp_path / "ca.pem").exists()
+
+    asyncio.run(main())
+
+
+def test_only_the_cas_own_certificate_is_kept_of_what_the_server_shows(tmp_path):
+    async def main():
+        real = FakeCa.make()
+
+        class Both:
+            pem = real.pem + FakeCa.make().pem
+
+        async with serving(real, shown_ca=Both()) as server:
+            await join(server.token(), tmp_path / "d", QUICK)
+        assert (tmp_path / "d" / "ca.pem").read_bytes() == real.pem
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("text", ["", "fp1.", "fp1.abc", "hello", "fp1." + "A" * 5000])
 def test_what_is_no_token(tmp_path, text):
     with pytest.raises(TokenError, match="not a join token"):

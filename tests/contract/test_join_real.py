@@ -32,7 +32,7 @@ def changed(text: str, **values: str) -> str:
 def test_each_bad_token_is_refused_by_its_reason(server, tmp_path, run):
     operator = Operator(server.directory)
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    good = operator.token("carol", "device", 60)
+    good = operator.token("carol", "device", 60).text
     code, out, err = run("join", good, "--dir", first, "--json")
     assert code == 0, err
     assert json.loads(out) == {"name": "carol", "role": "device", "server": server.address, "dir": str(first)}
@@ -45,13 +45,13 @@ def test_each_bad_token_is_refused_by_its_reason(server, tmp_path, run):
     for bad, text in refused.values():
         code, _, err = run("join", bad, "--dir", second)
         assert code == 6 and err.splitlines()[-1].startswith(f"error: {text}"), err
-    short = operator.token("dave", "device", 1)
+    short = operator.token("dave", "device", 1).text
     time.sleep(1.1)
     code, _, err = run("join", short, "--dir", second)
     assert code == 6 and "error: the token for 'dave' has expired; ask the operator for a new one" in err
     assert not (second / "device.pem").exists() and not (second / "client.toml").exists()
 
-    unused = operator.token("erin", "device", 60)
+    unused = operator.token("erin", "device", 60).text
     code, _, err = run("join", changed(unused, ca=FakeCa.make().digest), "--dir", third)
     assert code == 6 and "the server's CA is not the token's" in err and "Nothing was sent" in err
     code, _, err = run("join", unused, "--dir", third)
@@ -71,7 +71,7 @@ def test_a_certificate_is_renewed_in_its_own_directory(server, tmp_path, run, ag
         pem = FakeCa(tls.load_key(server.directory / "ca.key"), ca).device("alice", key.public_key(), valid=age)
         (directory / "device.pem").write_bytes(pem)
     before = {name: (directory / name).read_bytes() for name in ("device.key", "device.pem")}
-    token = operator.token("alice", "device", 60)
+    token = operator.token("alice", "device", 60).text
     if again:
         code, _, err = run("join", token, "--dir", directory)
         assert code == 6 and "already joined" in err and "--again" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import AsyncExitStack
 from datetime import timedelta
 
 import pytest
@@ -25,8 +26,9 @@ from common.pb import session_pb2
 from common.transport import serde, wire
 from common.types import ObjectRef, Progress, TaskKey, UpdateMetrics, UpdateReady
 from fp_client.cache import ObjectCache
-from fp_client.rpc import Cancel, Connection, RunEnded
+from fp_client.rpc import Connection, Session
 from fp_client.rpc_objects import AGAIN, MAX_OBJECT, Transfer
+from fp_client.says import Cancel, RunEnded
 
 QUICK = wire.Backoff(first=0.01, longest=0.02, attempts=4)
 KEY = TaskKey("r", 0, 0)
@@ -376,3 +378,33 @@ def test_cache_fetches_once_refetches_what_is_damaged_and_stays_bounded(tmp_path
         assert cache.holds(refs[1]) and cache.holds(refs[2]) and not cache.holds(refs[0])
 
     with_server(tmp_path, body)
+
+
+def test_a_message_that_was_begun_is_written_whole_whatever_becomes_of_its_sender():
+    """gRPC ends a stream when a write to it is cancelled: a dropped task would take the session with it."""
+
+    async def main():
+        gate, written = asyncio.Event(), []
+
+        class Call:
+            async def write(self, message):
+                await gate.wait()
+                written.append(message.progress.done)
+
+            async def done_writing(self):
+                pass
+
+        session = Session(Call(), AsyncExitStack(), "alice", "test", None)
+        first = asyncio.create_task(session.send(Progress(KEY, "train", 1, 3)))
+        second = asyncio.create_task(session.send(Progress(KEY, "train", 2, 3)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled() and written == []
+        gate.set()
+        await second
+        assert written == [1, 2]
+        await session.close()
+
+    asyncio.run(main())

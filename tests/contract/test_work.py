@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from fake_server import serving
 
 from common.blocks import read_blocks
 from common.checkpoint import Checkpoint
-from common.errors import BudgetError, ConfigError, DataError, ModelError
+from common.errors import BudgetError, ConfigError, DataError, ModelError, ProtocolError
 from common.pb import session_pb2
-from common.tensorfile import TensorFile
+from common.tensorfile import TensorFile, write_tensors
 from common.transport import serde, wire
 from common.types import Assignment, Part, ProbeSpec, ProbeTask, RunSpec, TaskKey, TrainSpec, UnitId
 from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
 from fp_client.config import load_config
+from fp_client.messages import AdapterFile
 from fp_client.policy import Policy
 from fp_client.rpc import Connection
 from fp_client.rpc_objects import Transfer
 from fp_client.state import Outbox, Runs
-from fp_client.work import LocalWork
+from fp_client.work import LocalWork, check_ranks
 from tests.unit import device
 
 KEY = TaskKey("r", 0, 0)
@@ -121,7 +124,10 @@ def test_a_round_on_real_weights_survives_a_killed_worker(home):
 
             units = (UnitId(1), UnitId(3))
             task = Assignment(KEY, units, (units,), ((0.5, 0.5),), TRAIN, (), 1, True)
-            long = Assignment(KEY, units, (units,), ((0.5, 0.5),), replace(TRAIN, steps=1000), (), 1, True)
+            long_run = replace(spec, run="long", train=replace(TRAIN, steps=1000))
+            await say(session_pb2.ServerMessage(plan=session_pb2.PlanRequest(spec=serde.run_spec_to_pb(long_run))))
+            await hear("plan")
+            long = replace(task, key=TaskKey("long", 0, 0), spec=long_run.train)
             await say(session_pb2.ServerMessage(assignment=serde.assignment_to_pb(long)))
             while (await hear("progress")).phase != "train":
                 pass
@@ -202,3 +208,24 @@ def test_reading_the_weights_for_their_fingerprint_is_a_phase_of_its_own(home):
 
     asyncio.run(main())
     assert {phase for phase, _, _ in seen} == {"verify"} and seen[-1][1] == seen[-1][2] > 0
+
+
+def test_an_adapter_of_a_larger_rank_than_announced_is_not_loaded(home):
+    """What the policy allowed was the announced one; other keys than LoRA's are no adapter."""
+    path = home / "layer.safetensors"
+    shape = np.zeros((9, 4), np.float32)
+    for names, most, said in (
+        (("lora_A", "lora_B"), 8, "adapter of layer 3: has rank 9, its run announced at most 8"),
+        (("lora_A", "lora_B"), 9, ""),
+        (("lora_A", "lora_C"), 9, "adapter of layer 3: tensor 'layers.2.self_attn.q_proj.lora_C': not a LoRA key"),
+        (("lora_A",), 9, "adapter of layer 3: tensor 'layers.2.self_attn.q_proj.lora_B' is missing"),
+    ):
+        write_tensors(path, {f"layers.2.self_attn.q_proj.{name}": shape for name in names})
+        if said:
+            with pytest.raises(ProtocolError, match=re.escape(said)):
+                check_ranks((AdapterFile(2, str(path)),), most)
+        else:
+            check_ranks((AdapterFile(2, str(path)),), most)
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(ModelError, match="truncated or corrupt"):
+        check_ranks((AdapterFile(2, str(path)),), 9)

@@ -1,4 +1,4 @@
-"""The server process's own clocks: time that does not step, and certificates looked at every day."""
+"""The server process's own clocks: time that does not step, and certificates looked after."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 
 from common.errors import StorageError
 from fp_server import app
-from fp_server.config import ServerConfig
 from fp_server.coordinator import steady_clock
 
 
@@ -22,20 +21,22 @@ def test_a_step_of_the_wall_clock_is_not_seen(monkeypatch: pytest.MonkeyPatch) -
     assert 0 <= clock() - before < 60
 
 
-def test_certificates_are_looked_at_every_day_and_a_failure_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "DAY", 0.001)
+def test_certificates_are_looked_after_and_a_failure_is_not_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names are read anew each time: whoever changes them needs no restart."""
+    monkeypatch.setattr(app, "HOUR", 0.001)
+    (tmp_path / "server.toml").write_text('names = ["fp.example.org"]')
     asked = []
 
-    class Authority:
-        def renew(self, names: list[str], days: float) -> list[str]:
+    class Own:
+        def keep_valid(self, names: list[str], days: float) -> list[str]:
             asked.append((names, days))
             if len(asked) == 1:
                 raise StorageError("the disk is full")
+            (tmp_path / "server.toml").write_text('names = ["other.example"]\ncertificate_days = 7')
             return ["operator.pem"]
 
     async def main() -> None:
-        config = ServerConfig(names=["fp.example.org"])
-        work = asyncio.create_task(app._renew_daily(Path(), config, Authority()))  # type: ignore[arg-type]
+        work = asyncio.create_task(app._stay_valid(tmp_path, Own()))  # type: ignore[arg-type]
         while len(asked) < 3:  # noqa: ASYNC110  filled by a thread
             await asyncio.sleep(0.001)
         work.cancel()
@@ -43,4 +44,4 @@ def test_certificates_are_looked_at_every_day_and_a_failure_is_not_the_end(monke
             await work
 
     asyncio.run(asyncio.wait_for(main(), 10))
-    assert asked[0] == (["fp.example.org"], 90)
+    assert asked[:3] == [(["fp.example.org"], 90), (["fp.example.org"], 90), (["other.example"], 7)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_rounds import MANIFEST, plan, probed, toml
 
+from common.bucket import Bucket
 from common.errors import StorageError
 from common.tensorfile import write_tensors
 from common.types import PlanReport, UpdateMetrics
@@ -22,7 +23,6 @@ from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 from fp_server.operations import start_run
 from fp_server.reports import plan_reported
-from fp_server.service import Bucket
 from fp_server.validation import expected_shapes
 
 
@@ -55,10 +55,10 @@ class SlowLog(EventLog):
 
     full = False
 
-    async def append(self, event, at=None):
+    async def append(self, event, at=None, also=None):
         if self.full:
             raise StorageError("the disk is full")
-        await super().append(event, at)
+        await super().append(event, at, also)
         await asyncio.sleep(0.05)
 
 
@@ -100,11 +100,11 @@ def test_what_follows_from_an_event_may_fail_without_taking_it_back(tmp_path, da
     class OneMore(EventLog):
         left = 10**6
 
-        async def append(self, event, at=None):
+        async def append(self, event, at=None, also=None):
             if not self.left:
                 raise StorageError("the disk is full")
             self.left -= 1
-            await super().append(event, at)
+            await super().append(event, at, also)
 
     log = OneMore(database)
 

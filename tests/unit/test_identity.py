@@ -14,12 +14,15 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.errors import ConfigError, IdentityError, TokenError
+from common.errors import ConfigError, IdentityError, NotFound, TokenError
 from common.token import JoinToken
 from common.transport import tls
 from common.transport.tls import Peer
-from fp_server.identity import Authority, create_authority
+from fp_server import audit
+from fp_server.certificates import create_authority
+from fp_server.identity import MOST, Authority
 from fp_server.log import Database
+from fp_server.own import OwnCertificates
 
 
 @pytest.fixture
@@ -136,7 +139,7 @@ def test_roles_and_revocation(authority, database, tmp_path):
     authority.check(peer, "device")
     with pytest.raises(IdentityError, match="'alice' is a device; this needs the role operator"):
         authority.check(peer, "operator")
-    assert asyncio.run(authority.revoke("alice")) == 1 and asyncio.run(authority.revoke("alice")) == 0
+    assert asyncio.run(authority.revoke("alice")) == (1, 1) and asyncio.run(authority.revoke("alice")) == (0, 0)
     for one in (authority, Authority(tmp_path, database)):  # also after a restart
         with pytest.raises(IdentityError, match="'alice' has been revoked"):
             one.check(peer, "device")
@@ -146,38 +149,10 @@ def test_roles_and_revocation(authority, database, tmp_path):
     authority.check(Peer("device", "alice", f"{again.serial_number:x}"), "device")
 
 
-def test_the_operators_certificate_is_private_and_usable(authority, tmp_path):
-    authority.create_operator("operator", 30)
-    assert (tmp_path / "operator.key").stat().st_mode & 0o777 == 0o600
-    assert uris(tls.check_validity(tmp_path / "operator.pem")) == ["fedpruner://operator/operator"]
-    assert tls.client_credentials(tmp_path, "operator") is not None
-
-
 def test_a_directory_without_a_ca(tmp_path, database):
     (tmp_path / "ca.pem").write_text("x")
     with pytest.raises(IdentityError, match=re.escape("ca.pem: no usable CA")):
         Authority(tmp_path, database)
-
-
-def test_names_that_are_none(tmp_path):
-    with pytest.raises(ConfigError, match="not host names"):
-        create_authority(tmp_path, ["bücher.example"])
-
-
-def test_certificates_about_to_expire_are_renewed_at_the_start_with_the_same_keys(authority, tmp_path):
-    authority.create_operator("operator", 90)
-    assert authority.renew(["localhost"], 90) == []
-    before = tls.check_validity(tmp_path / "server.pem")
-    authority.create_operator("operator", 29)
-    assert authority.renew(["localhost", "10.0.0.5"], 90, margin=30) == ["operator.pem"]
-    assert authority.renew(["localhost", "10.0.0.5"], 900, margin=830) == ["server.pem", "operator.pem"]
-    after = tls.check_validity(tmp_path / "server.pem")
-    assert after.serial_number != before.serial_number and after.public_key() == before.public_key()
-    kind = x509.SubjectAlternativeName
-    assert after.extensions.get_extension_for_class(kind).value == before.extensions.get_extension_for_class(kind).value
-    (tmp_path / "operator.pem").unlink()
-    with pytest.raises(IdentityError, match=r"operator\.pem: no usable certificate"):
-        authority.renew(["localhost"], 90)
 
 
 def test_a_certificate_that_has_ended_is_refused_in_a_session_too(authority):
@@ -185,3 +160,117 @@ def test_a_certificate_that_has_ended_is_refused_in_a_session_too(authority):
     authority.check(Peer("device", "alice", "1", now + timedelta(minutes=1)), "device")
     with pytest.raises(IdentityError, match="'alice' has expired"):
         authority.check(Peer("device", "alice", "1", now - timedelta(seconds=1)), "device")
+
+
+def peer_of(certificate, name="alice", role="device") -> Peer:
+    return Peer(role, name, f"{certificate.serial_number:x}", certificate.not_valid_after_utc)
+
+
+def renew(authority, peer, key=None, days=60.0) -> x509.Certificate:
+    issued = asyncio.run(authority.renew(peer, tls.make_csr(key or tls.new_key(), "root"), days))
+    assert (issued.name, issued.role) == (peer.name, peer.role)
+    return x509.load_pem_x509_certificate(issued.pem.encode())
+
+
+def test_a_renewal_has_the_name_and_role_of_the_certificate_whatever_the_csr_asks_for(authority):
+    key = tls.new_key()
+    old = enroll(authority, token(authority).secret, key)
+    for asked in (key, tls.new_key()):
+        new = renew(authority, peer_of(old), asked)
+        assert uris(new) == ["fedpruner://device/alice"] and new.public_key() == asked.public_key()
+        assert new.serial_number != old.serial_number and new.not_valid_after_utc > old.not_valid_after_utc
+        assert list(new.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+        assert new.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
+        authority.check(peer_of(new), "device")
+    authority.check(peer_of(old), "device")  # until it ends
+    assert asyncio.run(authority.revoke("alice")) == (3, 0)
+    for one in (old, new):
+        with pytest.raises(IdentityError, match="'alice' has been revoked"):
+            authority.check(peer_of(one), "device")
+
+
+def test_a_renewal_whose_reply_was_lost_is_given_again(authority):
+    key = tls.new_key()
+    old = enroll(authority, token(authority).secret, key)
+    first = renew(authority, peer_of(old), key)
+    assert renew(authority, peer_of(old), key).serial_number == first.serial_number
+    assert renew(authority, peer_of(old)).serial_number != first.serial_number
+    assert renew(authority, peer_of(first), key).serial_number != first.serial_number, "who shows the new one wants another"
+
+
+def test_what_can_not_be_renewed(authority, database):
+    old = enroll(authority, token(authority).secret)
+    stranger = enroll(authority, token(authority, "bob").secret)
+    with pytest.raises(IdentityError, match="'alice' is not in this server's books; join again"):
+        renew(authority, Peer("device", "alice", "abc", old.not_valid_after_utc))
+    with pytest.raises(IdentityError, match="not a PEM CSR"):
+        asyncio.run(authority.renew(peer_of(old), "x", 30))
+    for _ in range(MOST - 1):
+        renew(authority, peer_of(old))
+    with pytest.raises(IdentityError, match=f"'alice' has {MOST} valid certificates already; wait until one ends"):
+        renew(authority, peer_of(old))
+    renew(authority, peer_of(stranger, "bob"))
+    asyncio.run(authority.revoke("alice"))
+    with pytest.raises(IdentityError, match="'alice' has been revoked"):  # also when it got past the check before that
+        renew(authority, peer_of(old))
+    assert sum(row.entry.action == "renew" for row in audit.read(database)) == MOST
+
+
+def test_revoking_a_name_nobody_has_is_an_error_unless_forced(authority, database):
+    with pytest.raises(NotFound, match="ever issued for 'mallory'; nothing was revoked"):
+        asyncio.run(authority.revoke("mallory"))
+    assert list(audit.read(database)) == []
+    secret = token(authority, "bob").secret
+    assert asyncio.run(authority.revoke("bob")) == (0, 1)  # a token alone is somebody
+    with pytest.raises(TokenError, match="unknown"):
+        enroll(authority, secret)
+    assert asyncio.run(authority.revoke("mallory", force=True)) == (0, 0)
+
+
+def test_of_a_name_that_was_revoked_only_certificates_in_the_books_count(authority, database, tmp_path):
+    """Those a server that was restored from an older backup does not know end with the others of their name."""
+    now = datetime.now(UTC) + timedelta(days=1)
+    lost = Peer("device", "alice", "123abc", now)
+    authority.check(lost, "device")
+    asyncio.run(authority.revoke("alice", force=True))
+    again = enroll(authority, token(authority).secret)
+    for one in (authority, Authority(tmp_path, database)):
+        with pytest.raises(IdentityError, match="'alice' has been revoked"):
+            one.check(lost, "device")
+        one.check(peer_of(again), "device")
+
+
+def test_an_operators_certificate_made_beside_a_running_server_counts_there(authority, database, tmp_path):
+    own = OwnCertificates(tmp_path, database)
+    own.operator("operator", 30)
+    old = tls.check_validity(tmp_path / "operator.pem")
+    asyncio.run(authority.revoke("operator"))
+    with pytest.raises(IdentityError, match="revoked"):
+        authority.check(peer_of(old, "operator", "operator"), "operator")
+    own.operator("operator", 30)
+    authority.check(peer_of(tls.check_validity(tmp_path / "operator.pem"), "operator", "operator"), "operator")
+
+
+@pytest.mark.parametrize(
+    ("role", "said"),
+    [
+        ("device", "device 'alice' has a certificate that is valid until .*: whoever uses this token is 'alice' too"),
+        ("operator", "device 'alice' has a certificate that is valid until .*: revoking 'alice' will revoke both"),
+    ],
+)
+def test_a_token_for_a_name_in_use_is_worth_a_warning(authority, role, said):
+    assert asyncio.run(authority.in_use("alice", role)) == ""
+    secret = token(authority).secret
+    assert asyncio.run(authority.in_use("alice", role)) == "there is an unused token for 'alice' already; both can be used"
+    enroll(authority, secret)
+    assert re.match(said, asyncio.run(authority.in_use("alice", role)))
+    asyncio.run(authority.revoke("alice"))
+    assert asyncio.run(authority.in_use("alice", role)) == ""
+
+
+def test_a_token_of_another_role_is_refused_and_not_used_up(authority):
+    for granted, wanted, command in (("operator", "device", "fp-server join"), ("device", "operator", "fp-client join")):
+        secret, csr = token(authority, f"a-{granted}", granted).secret, tls.make_csr(tls.new_key(), "x")
+        with pytest.raises(TokenError, match=f"is for the role {granted}: use it with `{command}`"):
+            asyncio.run(authority.enroll(secret, csr, 30, wanted))
+        assert asyncio.run(authority.enroll(secret, csr, 30, granted)).role == granted

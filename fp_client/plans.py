@@ -1,0 +1,123 @@
+"""Plan requests: what this device can hold for a run, made one at a time beside the tasks, remembered, and told again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from common.errors import BudgetError, FedPrunerError, FingerprintError, PolicyError, WorkerError
+from common.types import PlanReport, RunSpec
+from fp_client.guard import Guard
+from fp_client.messages import OnProgress
+from fp_client.state import Outbox, Runs
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 4
+"""Plan requests that may wait for their answer: a server has one active run, and may change it."""
+KEPT = 16
+"""Reports that are remembered."""
+WORDS = 500
+"""The longest reason told to a server, in characters."""
+
+
+class Planner(Protocol):
+    """What a plan takes; see `fp_client.agent.Work`."""
+
+    budget_bytes: int
+
+    async def fingerprint(self, spec: RunSpec, progress: OnProgress) -> str:
+        """Fingerprint of this device's weights of the run's model."""
+
+    async def plan(self, spec: RunSpec) -> PlanReport:
+        """Data counted and checked, capacities by the planner."""
+
+
+class Plans:
+    """Answers plan requests. `one`: held while the device works; `tell`: says it to the server."""
+
+    def __init__(
+        self, work: Planner, guard: Guard, runs: Runs, outbox: Outbox, one: asyncio.Lock,
+        tell: Callable[[PlanReport], Awaitable[None]], note: OnProgress,
+    ) -> None:  # fmt: skip
+        self._work, self._guard, self._runs, self._outbox = work, guard, runs, outbox
+        self._one, self._tell, self._note = one, tell, note
+        self._under_way: dict[RunSpec, asyncio.Task[None]] = {}
+        self._reports: dict[str, tuple[RunSpec, PlanReport]] = {}
+
+    def report(self, run: str) -> PlanReport | None:
+        """What was told of a run, where it is remembered."""
+        return self._reports[run][1] if run in self._reports else None
+
+    async def asked(self, spec: RunSpec) -> None:
+        """Answer a request: at once from memory, or when there is an answer."""
+        known = self._reports.get(spec.run)
+        if known is not None and known[0] == spec:  # |D_n| and budget are fixed when the device joins the run
+            await self._tell(known[1])
+        elif spec in self._under_way:
+            return
+        elif len(self._under_way) >= AT_ONCE:
+            why = f"{len(self._under_way)} plan requests wait for their answer already; this device takes {AT_ONCE} at once"
+            await self._tell(self.refusal(spec.run, "", PolicyError(why)))
+        else:
+            self._under_way[spec] = plan = asyncio.create_task(self._plan(spec))
+            plan.add_done_callback(lambda _: self._under_way.pop(spec, None))
+
+    async def forget(self, run: str) -> None:
+        """The run is over."""
+        for plan in [plan for spec, plan in self._under_way.items() if spec.run == run]:
+            await cancel(plan)
+        self._reports.pop(run, None)
+
+    async def close(self) -> None:
+        """Drop whatever is under way."""
+        for plan in list(self._under_way.values()):
+            await cancel(plan)
+
+    async def _plan(self, spec: RunSpec) -> None:
+        fingerprint = ""
+        try:
+            self._guard.plan(spec)
+            policy, bounded = self._guard.policy, self._guard.policy.bounded(spec)
+            async with self._one:
+                fingerprint = await self._work.fingerprint(bounded, self._note)
+                same_weights(spec, fingerprint)
+                report = policy.offered(await self._work.plan(bounded))
+            policy.check_samples(report.samples)
+            for run in await asyncio.to_thread(self._runs.remember, bounded):
+                self._runs.forget(run)
+                self._outbox.drop(run)
+            self._reports[spec.run] = (spec, report)
+            while len(self._reports) > KEPT:
+                del self._reports[next(iter(self._reports))]
+            log.info("run %s: can take part: %s", spec.run, ", ".join(f"{c.gradient} {c.units} units" for c in report.capacities))
+        except FedPrunerError as error:
+            report = self.refusal(spec.run, fingerprint, error)
+        except Exception as error:
+            log.exception("run %s: the plan failed", spec.run)
+            report = self.refusal(spec.run, fingerprint, WorkerError(f"unexpected {type(error).__name__}: {error}"))
+        await self._tell(report)
+
+    def refusal(self, run: str, fingerprint: str, error: FedPrunerError) -> PlanReport:
+        """Why this device can't take part."""
+        log.warning("run %s: this device can't take part: %s", run, error)
+        smallest = error.smallest if isinstance(error, BudgetError) else 0
+        why = f"{type(error).__name__}: {error}"[:WORDS]
+        return PlanReport(run, 0, fingerprint, (), (), smallest, why, self._work.budget_bytes)
+
+
+def same_weights(spec: RunSpec, found: str) -> None:
+    """Raises FingerprintError when this device has other base weights than the run."""
+    if found != spec.fingerprint:
+        raise FingerprintError(
+            f"model {spec.model!r}: this device's base weights are {found[:16]}…, the run's are {spec.fingerprint[:16]}…; "
+            "use the same checkpoint as the operator's"
+        )
+
+
+async def cancel(task: asyncio.Task[None]) -> None:
+    """Cancel and wait; being cancelled ourselves meanwhile is passed on."""
+    task.cancel()
+    await asyncio.wait([task])

@@ -1,0 +1,67 @@
+"""Disk that updates on their way in may take: bounded over all devices, and never the last of it, which the log needs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from common.errors import LimitError, StorageError
+from fp_server.limits import ServerLimits
+from fp_server.objects import storage_error
+
+
+class Quota:
+    """Room for arrivals below one directory, a folder a device. A device has one update at a time, so at most that much each."""
+
+    def __init__(self, directory: Path, limits: ServerLimits) -> None:
+        self._directory, self._limits = directory, limits
+        self._arriving: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @contextlib.asynccontextmanager
+    async def held(self, device: str, size: int) -> AsyncIterator[None]:
+        """Keep room for an update of that size while it arrives. Raises LimitError or StorageError; the device tries again."""
+        await asyncio.to_thread(self._take, device, size)
+        try:
+            yield
+        finally:
+            self._arriving.pop(device, None)
+
+    def _take(self, device: str, size: int) -> None:
+        with self._lock:
+            self._check(device, size)
+            self._arriving[device] = size
+
+    def _check(self, device: str, size: int) -> None:
+        try:
+            there = {one.name: sum(map(_size, one.iterdir())) for one in self._directory.iterdir()}
+            free = shutil.disk_usage(self._directory).free
+        except OSError as error:
+            raise storage_error(self._directory, error) from None
+        announced = {
+            **there,
+            **{one: max(bytes_, there.get(one, 0)) for one, bytes_ in list(self._arriving.items())},
+            device: size,
+        }
+        total, most = sum(announced.values()), self._limits.arrival_bytes
+        if total > most:
+            raise LimitError(
+                f"updates on their way in would take {total} bytes, and server.toml allows {most} (limits.arrival_bytes)"
+            )
+        missing = sum(bytes_ - min(bytes_, there.get(one, 0)) for one, bytes_ in announced.items())
+        if free - missing < (kept := self._limits.disk_reserve_bytes):
+            raise StorageError(
+                f"{self._directory}: {free} bytes are free, {missing} are on their way, and the server keeps {kept} for its log "
+                "(limits.disk_reserve_bytes); free some space, what was stored before is kept"
+            )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # adopted or dropped meanwhile
+        return 0
