@@ -308,7 +308,8 @@ def test_a_resumed_push_outlives_what_its_half_open_predecessor_still_sends(serv
             await stored(500)
             connection = Connection(server.devices / "bob", server.address)
             transfer = Transfer(connection)
-            ask = transfer._stub.Offset
+            stub = objects_pb2_grpc.ObjectsStub(connection.channel)
+            ask = stub.Offset
 
             async def offset(request, timeout):
                 reply = await ask(request, timeout=timeout)
@@ -318,7 +319,8 @@ def test_a_resumed_push_outlives_what_its_half_open_predecessor_still_sends(serv
                     await stored(800)
                 return reply
 
-            transfer._stub.Offset = offset
+            stub.Offset = offset
+            transfer._stub = lambda channel: stub
             try:
                 duplicate = await transfer.push(ready, path, lambda done, total: first_bytes.append(done))
             finally:
