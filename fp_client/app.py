@@ -111,6 +111,7 @@ async def serve(directory: Path) -> None:
 
 
 def run(directory: Path) -> None:
-    """`serve` with the directory held."""
+    """`serve` with the directory held. Raises ConfigError when it is no device directory."""
+    load_config(directory)
     with only_daemon(directory):
         asyncio.run(serve(directory))

@@ -49,12 +49,14 @@ class Doctor:
         yield self._try("packages", self._packages)
         if read.ok:
             yield self._try("server", lambda: asyncio.run(self._server()))
-            yield self._try("budget", self._budget)
+            yield (budget := self._try("budget", self._budget))
             yield self._try("disk", self._disk)
             data = self._try("data", self._data)
             yield data
             for name in sorted(self.config.models):
                 yield (model := self._try(f"model {name}", lambda name=name: self._model(name)))  # type: ignore[misc]
+                if model.ok and data.ok and budget.ok:
+                    yield self._try(f"memory {name}", lambda name=name: self._memory(name))  # type: ignore[misc]
                 if model.ok and data.ok:
                     yield self._try(f"window {name}", lambda name=name: asyncio.run(self._window(name)))  # type: ignore[misc]
             if not self.config.models:
@@ -163,6 +165,23 @@ class Doctor:
             checkpoint.close()
         shape = f"{checkpoint.family}, {checkpoint.layers} layers of {len(modules)} modules"
         return f"{shape}, quantization {section.quantization}, fingerprint {fingerprint[:16]}…"
+
+    def _memory(self, name: str) -> str:
+        """Does the budget hold a submodel? For the rank and batch that `fp-client plan` takes."""
+        from common.types import Gradient, ProbeSpec, RunSpec, TrainSpec
+        from fp_client.shapes import shape_of
+        from fp_client.work import LocalWork
+
+        work = LocalWork(self.config, self.directory)
+        _, checkpoint = work.open_model(name)
+        checkpoint.close()
+        shape = shape_of(checkpoint.config)
+        targets = tuple(sorted(module.name for module in shape.modules))
+        train = TrainSpec(10, 4, self.sequence, 1e-4, 16, 32.0, targets, 0, gradient=Gradient.AUTO)
+        probe = ProbeSpec(batch_size=4, sequence_length=self.sequence)
+        planned = work.planned(RunSpec("local", name, "", "", probe.part, train, probe, 64, 1))
+        held = ", ".join(f"{mode.units} of {shape.layers} layers {mode.gradient}" for mode in planned.modes)
+        return f"the budget holds {held} (4 rows of {self.sequence} tokens, rank 16)"
 
     async def _window(self, name: str) -> str:
         """Starts a real worker: torch and the rest import, and every response is measured with the tokenizer."""

@@ -18,6 +18,7 @@ from common.errors import BudgetError, ConfigError
 from common.types import Gradient, Part, ProbeSpec, Quantization, RunSpec, Start, TrainSpec, model_units
 from fp_client.commands import HERE, Directory, Json, err, out
 from fp_client.config import FILE, ClientConfig, human, load_config, parse_bytes
+from fp_client.memory import MIB
 from fp_client.pace import Pace
 from fp_client.planner import ModePlan
 
@@ -163,7 +164,9 @@ def plan(
         try:
             made = planner.plan(one.config, setting, spec.train, probe, broadcast_rank, limit, held, part, limits, pace)
         except BudgetError as error:
-            row |= {"smallest_budget": error.smallest, "refusal": str(error), "modes": []}
+            unbounded = planner.plan(one.config, setting, spec.train, probe, broadcast_rank, 0, held, part)
+            smallest = {mode.value: size for mode, size in unbounded.smallest}
+            row |= {"smallest_budget": error.smallest, "smallest_budgets": smallest, "refusal": str(error), "modes": []}
         else:
             row |= {
                 "smallest_budget": made.smallest_budget,
@@ -180,7 +183,8 @@ def plan(
             json.dumps({"device": device, "budget": limit, "idle": idle, "container_limit": container, "models": rows}, indent=1)
         )
     else:
-        _show(rows, limit, device)
+        asked_for = f"{batch} rows of {sequence} tokens a step, rank {rank}, broadcast rank {broadcast_rank}"
+        _show(rows, limit, device, asked_for)
         if measured:
             held_idle = f"idle daemon {human(measured.daemon)}, idle worker {human(measured.worker)}"
             total = f": give the container {human(container)} (budget + idle + 10 %)" if container else ""
@@ -226,24 +230,32 @@ def _memory(mode: dict[str, Any]) -> str:
     return ", ".join(text for text in (stay, "reads ahead" if stream["read_ahead"] else "", head, spilled) if text)
 
 
-def _show(rows: list[dict[str, Any]], limit: int, device: str) -> None:
-    table = Table(title=f"budget {human(limit) if limit else 'unbounded'} ({'VRAM' if device == 'cuda' else 'main memory'})")
+def _at_least(size: int) -> str:
+    """A smallest budget, never rounded down: what is shown would do."""
+    return f"{-(-size // MIB)} MiB"
+
+
+def _show(rows: list[dict[str, Any]], limit: int, device: str, asked_for: str) -> None:
+    held = f"budget {human(limit) if limit else 'unbounded'} ({'VRAM' if device == 'cuda' else 'main memory'})"
+    table = Table(title=f"{held}: {asked_for}")
     for name in ("model", "gradient", "units", "micro", "peak", "disk", "a step", "smallest"):
         table.add_column(name, justify="left" if name in ("model", "gradient") else "right", no_wrap=name != "model")
     for row in rows:
         name = f"{row['model']} {row['quantization']}".removesuffix(" none")
-        if not row["modes"]:
-            table.add_row(name, "", Text(f"0 of {row['of']}", "red"), "", "", "", "", human(row["smallest_budget"]))
         for mode in row["modes"]:
             seconds = f"{mode['step_seconds']:.2f} s" if mode["step_seconds"] else ""
             table.add_row(
                 name, mode["gradient"], f"{mode['units']} of {row['of']}", str(mode["micro_batch"]), human(mode["peak"]),
-                human(mode["disk"]) if mode["disk"] else "", seconds, human(row["smallest_budgets"][mode["gradient"]]),
+                human(mode["disk"]) if mode["disk"] else "", seconds, _at_least(row["smallest_budgets"][mode["gradient"]]),
             )  # fmt: skip
             name = ""
+        for gradient, size in row["smallest_budgets"].items():
+            if gradient not in {mode["gradient"] for mode in row["modes"]}:
+                table.add_row(name, gradient, Text(f"0 of {row['of']}", "red"), "", "", "", "", _at_least(size))
+                name = ""
     out.print(table)
     for row in rows:
-        if "unit_bytes" in row:
+        if any(mode["units"] < row["of"] and mode["gradient"] != Gradient.STREAMED.value for mode in row["modes"]):
             out.print(f"{row['model']}: one more layer kept takes {' + '.join(human(size) for size in row['unit_bytes'])}")
         for mode in row["modes"]:
             chosen = _memory(mode)

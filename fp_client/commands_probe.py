@@ -102,7 +102,8 @@ def fidelity_args(units: str, layers: int, modules: tuple[str, ...], probe: Prob
     try:
         names = [part.strip() for part in units.split(",")]
         if len(names) == 1 and names[0].isdigit():
-            count = min(int(names[0]), layers)
+            if (count := int(names[0])) > layers:
+                raise ValueError(f"{count} are more than there are")
             chosen = tuple(UnitId(index * layers // count) for index in range(count))
         else:
             chosen = tuple(sorted(UnitId.parse(name) for name in names))

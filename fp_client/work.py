@@ -121,7 +121,7 @@ class LocalWork:
 
     async def plan(self, spec: RunSpec) -> PlanReport:
         """Data counted with the tokenizer, and what the budget holds. Raises BudgetError with the smallest that would do."""
-        first = await asyncio.to_thread(self._planned, spec)  # a budget too small is refused before a worker starts
+        first = await asyncio.to_thread(self.planned, spec)  # a budget too small is refused before a worker starts
         worker = await self.worker(spec)
         window = max(spec.train.sequence_length, spec.probe.sequence_length)
         check = await worker.run("check", CheckArgs(window), CheckResult)
@@ -133,7 +133,8 @@ class LocalWork:
             "", self.budget_bytes,
         )  # fmt: skip
 
-    def _planned(self, spec: RunSpec, pace: Pace | None = None) -> Plan:
+    def planned(self, spec: RunSpec, pace: Pace | None = None) -> Plan:
+        """What the budget holds of a run's model. Raises BudgetError with the smallest that would do. Blocking."""
         _, heldout = count_examples(data_source(self.config, self.directory))
         section, checkpoint = self.open_model(spec.model)
         try:
@@ -151,7 +152,7 @@ class LocalWork:
         worker = await self.worker(spec)
         planned = self._plans.get(spec)
         if planned is None:  # without a pace: a probe's memory doesn't depend on it
-            planned = await asyncio.to_thread(self._planned, spec)
+            planned = await asyncio.to_thread(self.planned, spec)
         return await worker.run("probe", ProbeArgs(task, adapter), ProbeReport, progress, planned.probe.peak)
 
     async def train(
@@ -172,9 +173,9 @@ class LocalWork:
     async def _remembered(self, spec: RunSpec, first: Plan | None = None) -> Plan:
         """The run's plan; made again after a restart. `first`: the plan without a pace, where it is known."""
         if spec not in self._plans:
-            planned: Plan = first if first is not None else await asyncio.to_thread(self._planned, spec)
+            planned: Plan = first if first is not None else await asyncio.to_thread(self.planned, spec)
             pace = await self.pace(spec, planned)
-            self._plans[spec] = planned if pace is None else await asyncio.to_thread(self._planned, spec, pace)
+            self._plans[spec] = planned if pace is None else await asyncio.to_thread(self.planned, spec, pace)
         return self._plans[spec]
 
     async def pace(self, spec: RunSpec, first: Plan | None = None) -> Pace | None:
@@ -185,7 +186,7 @@ class LocalWork:
         """
         key = _pace_key(spec)
         if key not in self._paces:
-            planned: Plan = first if first is not None else await asyncio.to_thread(self._planned, spec)
+            planned: Plan = first if first is not None else await asyncio.to_thread(self.planned, spec)
             rows = min(mode.micro_batch for mode in planned.modes)
             try:
                 worker = await self.worker(spec)

@@ -27,6 +27,7 @@ from fp_lab.results import Line, Results, line_of
 from fp_server import events as e
 from fp_server.capacity import plan_problem, refusal
 from fp_server.commands import Connected, PlanConfirmed, Record, Recovered, SendAssignment, SendProbe, Stimulus
+from fp_server.config import RunConfig
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
@@ -62,6 +63,27 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def same_settings(started: RunConfig, now: RunConfig, directory: Path, row: str) -> None:
+    """Raises ConfigError when a job was started with other settings than its row has now."""
+    if started.model_dump(exclude={"model"}) != now.model_dump(exclude={"model"}):
+        raise ConfigError(
+            f"{directory}: was started with other settings than row {row!r} has now; give the row another name, or remove the "
+            "directory"
+        )
+
+
+def check_ended(experiment: Experiment, row: Row, seed: int, directory: Path) -> None:
+    """Raises ConfigError when a job that is done was run with other settings than its row has now."""
+    config, _ = run_of(experiment, row, seed)
+    database = Database(directory / "log.sqlite")
+    try:
+        _, started = next(EventLog(database).replay(config.run.name), (0.0, None))
+    finally:
+        database.close()
+    if isinstance(started, e.RunStarted):
+        same_settings(started_config(started, f"{directory}"), config, directory, row.name)
 
 
 @dataclass
@@ -111,8 +133,11 @@ class Job:
         self._runner = asyncio.Runner()
         self._database = Database(directory / "log.sqlite")
         try:
+            if row.units is not None and row.units > fleet.manifest.layers:
+                raise ConfigError(f"row {row.name!r}: units: {row.units}, and the model has {fleet.manifest.layers} layers")
             self._log = EventLog(self._database)
             self.machine = self._open(fleet.manifest)
+            fleet.planned(self.machine.spec, row)  # a budget that holds nothing is refused before anything is measured
         except BaseException:
             self.close()
             raise
@@ -135,12 +160,9 @@ class Job:
         if machine is None:
             self._append(run_started(config, toml, manifest))
             machine = RunMachine(config, manifest)
-        elif machine.config.model_dump(exclude={"model"}) != config.model_dump(exclude={"model"}):
-            raise ConfigError(
-                f"{self.directory}: was started with other settings than row {self.row.name!r} has now; "
-                "give the row another name, or remove the directory"
-            )
-        elif machine.manifest.fingerprint != manifest.fingerprint:
+        else:
+            same_settings(machine.config, config, self.directory, self.row.name)
+        if machine.manifest.fingerprint != manifest.fingerprint:
             raise ConfigError(f"{self.directory}: was started with other base weights; use another --out")
         self.store.sweep(machine.references(), ())
         return machine

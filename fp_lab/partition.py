@@ -56,6 +56,15 @@ def prepare(directory: Path, section: DataSection, window: int, tokenizer: Any) 
         os.close(fd)
 
 
+def check_partition(directory: Path, section: DataSection, window: int) -> None:
+    """Raises ConfigError when `directory` holds another partition, or a file that is named is not there."""
+    for source in section.sources:
+        if Path(source).suffix in (".json", ".jsonl") and not Path(source).is_file():
+            raise ConfigError(f"data.sources: {source}: no such file")
+    if (directory / "data").exists():
+        _check(directory / "data", section, window)
+
+
 def _stamp(section: DataSection, window: int) -> dict[str, Any]:
     """What a partition is made from. Files are told by their content: they may be moved."""
     sources = [digest_file(Path(s)) if Path(s).is_file() else s for s in section.sources]

@@ -136,10 +136,14 @@ def run_jobs(
     A job that can't go on is told of, and the others are done before its error is raised.
     """
     from fp_lab.devices import Fleet
-    from fp_lab.job import Job, locked
-    from fp_lab.partition import prepare
+    from fp_lab.job import Job, check_ended, locked
+    from fp_lab.partition import check_partition, prepare
 
     directory.mkdir(parents=True, exist_ok=True)
+    check_partition(directory, experiment.data, experiment.window)
+    for job in jobs:
+        if len(job.lines()) > job.rounds:
+            check_ended(experiment, job.row, job.seed, job.directory)
     open_jobs = [job for job in jobs if len(job.lines()) <= min(job.rounds, job.rounds if rounds is None else rounds)]
     if not open_jobs:
         watch.say("every job is done")

@@ -139,7 +139,7 @@ def status(
 async def _watch(operator: Any, run: str, json_: bool, last: int) -> None:
     from rich.live import Live
 
-    from fp_server.views import status_view
+    from fp_server.views import brief, status_view
 
     async def follow(show: Callable[[dict[str, Any]], object]) -> None:
         async for seen in operator.watch(run, last):
@@ -149,6 +149,16 @@ async def _watch(operator: Any, run: str, json_: bool, last: int) -> None:
 
     if json_:
         await follow(lambda seen: print(json.dumps(seen), flush=True))  # noqa: T201
+    elif not out.is_terminal:
+        said = ""
+
+        def tell(seen: dict[str, Any]) -> None:
+            nonlocal said
+            if (line := brief(seen)) != said:
+                said = line
+                print(line, flush=True)  # noqa: T201
+
+        await follow(tell)
     else:
         final: dict[str, Any] = {}
 

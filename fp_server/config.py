@@ -87,6 +87,13 @@ class RunSection(Section):
             raise ValueError(f"no such method (there are: {', '.join(sorted(METHODS))})")
         return value
 
+    @field_validator("devices_per_round", mode="before")
+    @classmethod
+    def _not_one(cls, value: object) -> object:
+        if type(value) is int and value == 1:
+            raise ValueError("1 may mean one device or all: write 1.0 for all of them, or a fraction such as 0.1")
+        return value
+
     @field_validator("devices_per_round")
     @classmethod
     def _fraction_or_count(cls, value: float) -> float:

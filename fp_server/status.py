@@ -78,6 +78,7 @@ def status(
         "loss": [{"rounds_done": done, "loss": loss} for done, loss in curve],
         "start": machine.config.lora.start.value,
         "gradient": machine.config.train.gradient.value,
+        "min_devices": machine.config.run.min_devices,
         "min_holders": machine.config.limits.min_holders,
         "ledger_layers": [layer + 1 for layer in sorted(machine.ledger)],
     }

@@ -45,11 +45,30 @@ def runs_table(runs: list[dict[str, Any]]) -> RenderableType:
         return Text("no runs yet; start one with `fp-server start RUN.toml`")
     table = Table("run", "state", "method", "model", "rounds", "held-out loss")
     for run in runs:
-        first, last = run["loss_first"], run["loss_last"]
-        loss = "–" if first is None else f"{first:.4f} → {last:.4f}"
-        words = (run["run"], run["state"], run["method"], run["model"], f"{run['rounds_done']} of {run['rounds']}", loss)
+        words = (run["run"], run["state"], run["method"], run["model"], f"{run['rounds_done']} of {run['rounds']}", _change(run))
         table.add_row(*map(plain, words))
     return table
+
+
+def _change(run: dict[str, Any]) -> str:
+    """The held-out loss at first and now; one figure as long as it was measured once."""
+    first, last = run["loss_first"], run["loss_last"]
+    if first is None:
+        return "–"
+    return f"{first:.4f}" if first == last else f"{first:.4f} → {last:.4f}"
+
+
+def brief(status: dict[str, Any]) -> str:
+    """One line: where the run stands and what each device of the round under way does."""
+    if status["run"] is None:
+        return "no run yet"
+    text = f"{status['run']}: {status['state']}, {status['rounds_done']} of {status['rounds']} rounds"
+    if status["loss_first"] is not None:
+        text += f", full-model held-out loss {_change(status)}"
+    if (current := status["current"]) is not None:
+        doing = (f"{name} {member['stage']}" for name, member in current["devices"].items())
+        text += f"; {'final evaluation' if current['evaluation'] else 'round ' + str(current['round'])}: {', '.join(doing)}"
+    return plain(text).plain
 
 
 def status_view(status: dict[str, Any]) -> RenderableType:
@@ -78,7 +97,12 @@ def _headline(status: dict[str, Any]) -> Text:
     text.append(plain(f"  {status['state']}  {status['method']} on {status['model']}, "))
     text.append(f"{status['rounds_done']} of {status['rounds']} rounds, gradient {status['gradient']}, start {status['start']}")
     if status["loss_first"] is not None:
-        text.append(f"\nfull-model held-out loss {status['loss_first']:.4f} → {status['loss_last']:.4f}")
+        text.append(f"\nfull-model held-out loss {_change(status)}")
+        if status["loss_first"] == status["loss_last"]:
+            text.append("; measured again with the next round", style="dim")
+    if status["state"] == "gathering":
+        able = sum(device["connected"] and device["units"] > 0 for device in status["devices"].values())
+        text.append(f"\nwaits for {status['min_devices']} able devices (run.min_devices); {able} are here")
     return text
 
 
@@ -86,7 +110,7 @@ def _devices(status: dict[str, Any]) -> Table:
     table = Table("device", "", "budget", "units", "samples", "doing", title="devices", title_justify="left")
     current = status["current"]["devices"] if status["current"] else {}
     for name, device in status["devices"].items():
-        doing = device["refusal"]
+        doing = device["refusal"] or ("ready" if device["connected"] else "away")
         if (member := current.get(name)) is not None:
             doing = member["stage"]
             if "progress" in member:

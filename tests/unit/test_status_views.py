@@ -14,7 +14,7 @@ from common.types import Capacity, Gradient, ObjectRef, PlanReport, UpdateMetric
 from fp_server import commands as c
 from fp_server import events as e
 from fp_server.status import loss_curve, run_summary, status
-from fp_server.views import runs_table, size, status_view
+from fp_server.views import brief, runs_table, size, status_view
 
 
 def shown(thing, width: int = 220) -> str:
@@ -77,7 +77,7 @@ def test_a_whole_run_and_what_went_wrong_in_it():
     text = shown(status_view(made))
     assert "paused: by hand" in text and "it broke" in text and "100 B" in text
     table = shown(runs_table([run_summary(shell.machine)]))
-    assert "1 of 2" in table and "2.0000 → 2.0000" in table
+    assert "1 of 2" in table and "2.0000" in table and "→" not in table, "measured once"
 
 
 def test_the_loss_curve_is_weighted_by_tokens_and_has_the_final_evaluation():
@@ -150,3 +150,18 @@ def test_what_a_device_says_of_its_gradient_is_shown_within_80_columns():
     assert "laptop-north streamed 3.25 s (3.50 s) 0.412 (units 0.250 to 0.500)" in lines and "phone streamed – exact" in lines, (
         text
     )
+
+
+def test_a_gathering_run_says_what_it_waits_for_and_a_line_says_where_a_run_stands():
+    shell = Shell()
+    report = PlanReport("r", 10, "ab" * 32, (Capacity(Gradient.SUBMODEL, 2, 1, True, 5),), (1,) * 4, 7)
+    shell.do(c.Connected("a"), e.PlanReceived("r", "a", report, 10))
+    made = whole(shell.machine, connected=("a",))
+    text = shown(status_view(made))
+    assert "waits for 2 able devices (run.min_devices); 1 are here" in text and "ready" in text
+    assert brief(made) == "r: gathering, 0 of 2 rounds"
+    shell.do(c.Connected("b"), e.PlanReceived("r", "b", report, 10))
+    shell.probe("a", "b")
+    said = brief(whole(shell.machine))
+    assert said.startswith("r: round, 0 of 2 rounds, full-model held-out loss 2.0000; round 1: a choosing, b "), said
+    assert brief(status(None, "", [])) == "no run yet"
