@@ -47,6 +47,10 @@ class Transfer:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
+    def _stub(self, channel: grpc.aio.Channel) -> objects_pb2_grpc.ObjectsAsyncStub:
+        stub: objects_pb2_grpc.ObjectsAsyncStub = objects_pb2_grpc.ObjectsStub(channel)
+        return stub
+
     async def fetch(self, ref: ObjectRef, target: Path, progress: OnBytes = lambda done, total: None) -> None:
         """Fetch an object into `target`, going on from ``<target>.part`` where one is left.
 
@@ -85,7 +89,7 @@ class Transfer:
                 done = out.tell()
                 if done > ref.size:
                     raise DigestError(f"object {ref.digest[:12]}: {done} bytes, announced {ref.size}")
-                call = objects_pb2_grpc.ObjectsStub(channel).Fetch(objects_pb2.FetchRequest(digest=ref.digest, offset=done))
+                call = self._stub(channel).Fetch(objects_pb2.FetchRequest(digest=ref.digest, offset=done))
                 try:
                     async for chunk in self._steadily(call, ref):
                         if not chunk.data:
@@ -145,7 +149,7 @@ class Transfer:
         while True:
             async with self.connection.using() as channel:
                 try:
-                    stub = objects_pb2_grpc.ObjectsStub(channel)
+                    stub = self._stub(channel)
                     request = objects_pb2.OffsetRequest(key=serde.key_to_pb(ready.key), ref=serde.ref_to_pb(ready.ref))
                     reply = await stub.Offset(request, timeout=ANSWER_SECONDS)
                     if reply.accepted:

@@ -29,9 +29,14 @@ from server_side import (
 from test_bad_access import first_answer, refused
 from test_server_cli import cli
 
-from common.pb import admin_pb2, enroll_pb2, enroll_pb2_grpc, objects_pb2, objects_pb2_grpc, session_pb2_grpc
+from common.pb import admin_pb2, admin_pb2_grpc, enroll_pb2, enroll_pb2_grpc, objects_pb2, objects_pb2_grpc, session_pb2_grpc
+from common.token import JoinToken
 from common.transport import serde, tls
 from common.types import ModelManifest, ModuleShape
+from fp_client.renewal import stay_valid
+from fp_client.rpc import Connection
+from fp_server.app import read_endpoint
+from fp_server.operator import Operator
 
 SOON = 5.0
 """Seconds within which a call must have ended; the server looks every second, the rest is for a busy machine."""
@@ -93,24 +98,15 @@ def test_a_device_renews_and_both_certificates_are_welcome(idle, tmp_path, new_k
         async with grpc.aio.secure_channel(idle.address, tls.client_credentials(mine)) as channel:
             assert (await first_answer(channel, hello())).welcome.device == "alice"
             async with idle.admin() as admin:
-                error = await refused(admin_admin(channel).ListRuns(admin_pb2.ListRunsRequest(), timeout=10))
+                error = await refused(admin_pb2_grpc.AdminStub(channel).ListRuns(admin_pb2.ListRunsRequest(), timeout=10))
                 assert "'alice' is a device; this needs the role operator" in error.details()
                 await admin.ListRuns(admin_pb2.ListRunsRequest(), timeout=10)
 
     asyncio.run(body())
 
 
-def admin_admin(channel):
-    from common.pb import admin_pb2_grpc
-
-    return admin_pb2_grpc.AdminStub(channel)
-
-
 def test_enrollment_ignores_what_a_csr_asks_for(idle):
     """Over the wire: another name, the operator's role, a CA, a server's usages."""
-    from common.token import JoinToken
-    from fp_server.operator import Operator
-
     token, key = JoinToken.decode(Operator(idle.directory).token("dave", "device", 60).text), tls.new_key()
 
     async def body():
@@ -146,8 +142,6 @@ def test_nobody_renews_for_another_and_the_enrollment_port_renews_nothing(idle):
 
 
 def enroll_port(server):
-    from fp_server.app import read_endpoint
-
     return read_endpoint(server.directory).enroll_port
 
 
@@ -175,6 +169,38 @@ def test_a_session_ends_with_its_certificate_also_when_the_device_is_silent(idle
     asyncio.run(body())
 
 
+def test_a_daemon_stays_welcome_when_its_first_certificate_ends(idle):
+    """Device and server for real: renewed in time, and shown from the next session on; the first one ends, that one does not."""
+    directory = idle.identity("faye", days=BRIEF)
+    old = tls.check_validity(directory / "device.pem").serial_number
+
+    async def body():
+        renewed = asyncio.Event()
+
+        async def tell():
+            renewed.set()
+
+        connection = Connection(directory, idle.address)
+        first = await connection.open()
+        watching = asyncio.create_task(stay_valid(connection, tell))
+        await asyncio.wait_for(renewed.wait(), BRIEF * 86_400)
+        assert tls.check_validity(directory / "device.pem").serial_number != old
+        await first.finish()
+        assert [said async for said in first] == []
+        await first.close()
+        second = await connection.open()
+        listening = asyncio.create_task(anext(aiter(second)))
+        await asyncio.wait([listening], timeout=BRIEF * 86_400 + 2)
+        assert not listening.done(), "nothing ends it, long after the first certificate's end"
+        assert "faye" in (await idle.status())["connected"] and not watching.done()
+        watching.cancel()
+        listening.cancel()
+        await second.close()
+        await connection.close()
+
+    asyncio.run(body())
+
+
 def test_a_revoked_device_can_not_renew_and_its_session_ends(idle):
     idle.identity("eve")
 
@@ -197,15 +223,15 @@ def test_a_revoked_device_can_not_renew_and_its_session_ends(idle):
 def test_an_operator_can_be_revoked_and_its_watch_ends(idle):
     async def body():
         async with idle.channel("boss") as channel, idle.channel("chief") as other:
-            watch = admin_admin(channel).WatchStatus(admin_pb2.StatusRequest())
+            watch = admin_pb2_grpc.AdminStub(channel).WatchStatus(admin_pb2.StatusRequest())
             await watch.read()
-            calm = admin_admin(other).WatchStatus(admin_pb2.StatusRequest())
+            calm = admin_pb2_grpc.AdminStub(other).WatchStatus(admin_pb2.StatusRequest())
             await calm.read()
             assert (await revoke(idle, "boss")).count == 1
             async with asyncio.timeout(SOON):
                 error = await refused(watch.read())
             assert error_name(error) == "IdentityError" and "certificate of 'boss' has been revoked" in error.details()
-            error = await refused(admin_admin(channel).Revoke(admin_pb2.RevokeRequest(name="alice"), timeout=10))
+            error = await refused(admin_pb2_grpc.AdminStub(channel).Revoke(admin_pb2.RevokeRequest(name="alice"), timeout=10))
             assert error_name(error) == "IdentityError"
             assert not calm.done()
             calm.cancel()
