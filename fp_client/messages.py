@@ -2,7 +2,8 @@
 
 Daemon to worker, first ``{"config": WorkerConfig}``, then tasks ``{"task": name, "args": {…}}``, one at a
 time. Worker to daemon: ``{"ready": {…}}`` once, then for each task any number of
-``{"progress": [phase, done, total]}`` and one ``{"result": {…}}`` or ``{"error": class, "message": text}``.
+``{"progress": [phase, done, total]}`` and one ``{"result": {…}, "worn": bool}`` or ``{"error": class, "message": text}``.
+A worn worker asks to be ended: the next task gets a fresh one.
 End of the worker's input means that the daemon is gone, and ends the worker at once.
 """
 

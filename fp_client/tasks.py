@@ -49,6 +49,8 @@ from fp_client.warmup import warm_up
 
 LOOKED_AT = 4
 """Steps whose rows say what a typical one is."""
+WORN = 16 << 20
+"""More holes than this in a worker's heap, and the next task gets a fresh worker."""
 SLACK = 128 << 20
 """Address space a task may reserve above its budget: thread stacks and libraries loaded late are never touched whole."""
 
@@ -108,6 +110,7 @@ class Tasks:
         gc.collect()
         gc.freeze()  # what the libraries hold for good need not be searched at every collection
         self.warmed_bytes = measure.footprint()
+        self._holes = measure.heap_holes()
         self._cap()
 
     def _cap(self) -> None:
@@ -139,6 +142,11 @@ class Tasks:
             return work(decoded, progress)
         finally:
             self.forget()
+
+    @property
+    def worn(self) -> bool:
+        """Whether earlier tasks have left the heap so that later ones would take more than is planned for them."""
+        return measure.heap_holes() > self._holes + WORN
 
     def forget(self) -> None:
         """Give back what a task has left behind."""

@@ -79,7 +79,7 @@ def serve(channel: Channel) -> int:
         try:
             message = channel.receive()
             result = tasks.run(str(message.get("task")), message.get("args"), channel.progress)
-            channel.send({"result": to_json(result)})
+            channel.send({"result": to_json(result), "worn": tasks.worn})
         except Exception as error:
             channel.send(report(error))
             del error

@@ -357,7 +357,7 @@ def test_a_second_push_of_the_same_device_takes_the_first_ones_place(server):
             await call.write(objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=data[:500])))
             arrived = server.directory / "partial" / "bob" / ready.ref.digest
             async with asyncio.timeout(10):
-                while not arrived.exists():  # noqa: ASYNC110  another process makes it
+                while not (arrived.exists() and arrived.stat().st_size == 500):  # noqa: ASYNC110  another process makes it
                     await asyncio.sleep(0.02)
             assert await device.push(channel, ready, data) is False
             async with asyncio.timeout(10):

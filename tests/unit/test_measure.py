@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from common.errors import ModelError, WorkerError
-from fp_client import measure, models
+from fp_client import measure, models, tasks
+from fp_client.pool import MALLOC
 
 MIB = 1 << 20
 
@@ -42,6 +44,33 @@ def test_a_baseline_counts_what_was_there_before() -> None:
         more = np.ones(16 * MIB // 8)
     assert held.size + more.size
     assert 72 * MIB <= above.host <= 96 * MIB
+
+
+HOLES = """
+from fp_client import measure
+before = measure.heap_holes()
+blocks = [bytearray(20_000) for _ in range(2000)]
+held = measure.heap_holes()
+last = blocks.pop()
+del blocks
+measure.trim()
+print(before >> 20, held >> 20, measure.heap_holes() >> 20)
+"""
+
+
+def test_what_is_free_below_something_in_use_is_a_hole() -> None:
+    environment = {**os.environ, **MALLOC, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run([sys.executable, "-c", HOLES], env=environment, capture_output=True, text=True, check=True)
+    before, held, holes = map(int, done.stdout.split())
+    assert before <= held + 1 <= 10 and 35 <= holes <= 50
+
+
+@pytest.mark.parametrize(("holes", "worn"), [(0, False), (16 << 20, False), (17 << 20, True)])
+def test_a_worker_is_worn_by_holes_beyond_those_it_began_with(monkeypatch: pytest.MonkeyPatch, holes: int, worn: bool) -> None:
+    one = object.__new__(tasks.Tasks)
+    one._holes = 3 << 20
+    monkeypatch.setattr(measure, "heap_holes", lambda: (3 << 20) + holes)
+    assert one.worn is worn
 
 
 def test_untouched_address_space_is_not_a_peak() -> None:

@@ -264,6 +264,25 @@ def test_a_killed_worker_ends_the_task_and_the_next_starts_afresh(config: Worker
     with_worker(replace(config, budget_bytes=1 << 30), body)
 
 
+def test_a_worn_worker_is_ended_and_the_next_task_gets_a_fresh_one(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(worker: Worker) -> None:
+        await worker.run("check", CheckArgs(256), CheckResult)
+        first, exchange = worker.pid, worker._exchange
+        assert first is not None
+
+        async def worn(*args: Any) -> Any:
+            return {**await exchange(*args), "worn": True}
+
+        monkeypatch.setattr(worker, "_exchange", worn)
+        assert (await worker.run("check", CheckArgs(256), CheckResult)).samples == 38
+        assert worker.pid is None
+        monkeypatch.setattr(worker, "_exchange", exchange)
+        assert (await worker.run("check", CheckArgs(256), CheckResult)).samples == 38
+        assert worker.pid not in (None, first)
+
+    with_worker(config, body)
+
+
 def test_another_death_is_reported_with_its_signal(config: WorkerConfig, tmp_path: Path) -> None:
     async def body(worker: Worker) -> None:
         task = await until_training(worker, tmp_path / "out")
