@@ -58,6 +58,7 @@ rounds = 3
 seed = 1
 min_devices = {len(BUDGETS)}
 devices_per_round = 3            # three of the six; the paper draws 10 % of many
+evaluation = "all"               # before and after, all six measure the full model: the same rows at both ends
 
 [model]
 name = "{NAME}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -42,11 +42,25 @@ def ranges(layers: list[str]) -> str:
     return " ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
-def losses(status: Status) -> dict[int, float]:
-    """Completed rounds -> full-model held-out loss, only where every drawn device has reported."""
+class Measured(NamedTuple):
+    """The full model's held-out loss, and the devices whose rows it was measured on."""
+
+    loss: float
+    devices: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.loss:.4f} ({len(self.devices)} devices)"
+
+
+def losses(status: Status) -> dict[int, Measured]:
+    """Completed rounds -> full-model held-out loss, only where every device that was asked has reported."""
     rounds = [*status["history"], *([status["current"]] if status["current"] else [])]
-    whole = {r["round"] - 1 for r in rounds if all("loss" in member for member in r["devices"].values())}
-    return {entry["rounds_done"]: entry["loss"] for entry in status["loss"] if entry["rounds_done"] in whole}
+    partly = {r["rounds_done"] for r in rounds if any("loss" not in member for member in r["devices"].values())}
+    return {
+        entry["rounds_done"]: Measured(entry["loss"], tuple(entry["devices"]))
+        for entry in status["loss"]
+        if entry["rounds_done"] not in partly
+    }
 
 
 def headline(status: Status) -> str:
@@ -57,7 +71,8 @@ def headline(status: Status) -> str:
     if current is None:
         return "waiting for all six devices" if not status["history"] else "between rounds"
     if current["evaluation"]:
-        return "final evaluation: every device measures the full model once more"
+        asked = f"{len(current['devices'])} devices measure the full model"
+        return f"final evaluation: {asked} once more" if current["rounds_done"] else f"first evaluation: {asked}"
     return f"round {current['round']} of {status['rounds']}"
 
 
@@ -112,7 +127,7 @@ def live(status: Status | None, budgets: Mapping[str, str], elapsed: float) -> R
             device, budgets[device], ranges(member.get("units", [])), doing(status, device), _bar(status, device), style=style
         )
     known = losses(status)
-    curve = "  →  ".join(f"{loss:.4f}" for _, loss in sorted(known.items())) or "not measured yet"
+    curve = "  →  ".join(str(found) for _, found in sorted(known.items())) or "not measured yet"
     head = Text.assemble((headline(status), "bold"), f"   {elapsed:.0f} s\nfull-model held-out loss: {curve}")
     return Group(head, table)
 
@@ -145,12 +160,10 @@ def report(status: Status) -> RenderableType:
     known = losses(status)
     trained = [r for r in status["history"] if not r["evaluation"] and r["committed"]]
     for entry in trained:
-        done = entry["round"] - 1
-        before, after = known.get(done), known.get(done + 1)
+        before = known.get(entry["rounds_done"])
         probes = [member["probe_peak_bytes"] for member in entry["devices"].values() if "probe_peak_bytes" in member]
         title = Text.assemble(
-            (f"Round {entry['round']}", "bold"), f"  full-model held-out loss {_number(before)} → {_number(after)}",
-            _change(before, after),
+            (f"Round {entry['round']}", "bold"), f"  full-model held-out loss before it {before or 'not measured'}",
             f"\n{len(entry['devices'])} devices, up {mib(entry['bytes_up'])}, down {mib(entry['bytes_down'])}, ",
             f"{len(entry['changed_layers'])} layers changed, largest probe peak {mib(max(probes, default=None))}",
         )  # fmt: skip
@@ -158,14 +171,6 @@ def report(status: Status) -> RenderableType:
     if trained:
         parts += [_groups(trained[-1], status), Text(""), _verdict(trained, known)]
     return Group(*parts)
-
-
-def _number(loss: float | None) -> str:
-    return "not measured" if loss is None else f"{loss:.4f}"
-
-
-def _change(before: float | None, after: float | None) -> str:
-    return "" if before is None or after is None else f" ({after - before:+.4f})"
 
 
 def _by_budget(entry: Mapping[str, Any], status: Status) -> list[tuple[str, Mapping[str, Any]]]:
@@ -208,7 +213,7 @@ def _groups(entry: Mapping[str, Any], status: Status) -> RenderableType:
     return Group(title, table)
 
 
-def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, float]) -> Text:
+def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, Measured]) -> Text:
     members = [m for r in trained for m in r["devices"].values() if "loss_last" in m]
     first = sum(m["loss_first"] for m in members) / len(members)
     last = sum(m["loss_last"] for m in members) / len(members)
@@ -217,13 +222,14 @@ def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, float]) -> Te
         f"Within a round the training loss went from {first:.2f} at the first step to {last:.2f} at the last, on "
         "average; each is one batch, so a few tenths are noise. "
     )
-    ends = [known.get(0), known.get(trained[-1]["round"])]
-    if ends[0] is None or ends[1] is None:
-        text.append("The full model's held-out loss was not measured by every device, so nothing is said of it.")
+    before, after = known.get(0), known.get(trained[-1]["round"])
+    if before is None or after is None or before.devices != after.devices:
+        text.append("The full model's held-out loss was not measured by the same devices, so nothing is said of it.")
         return text
-    change = ends[1] - ends[0]
+    change = after.loss - before.loss
     word = "improved" if change < -STILL else "got worse" if change > STILL else "hardly moved"
-    text.append(f"The full model's held-out loss {word}: {ends[0]:.4f} → {ends[1]:.4f} ({change:+.4f}). ", style="bold")
+    text.append(f"The full model's held-out loss {word}: {before.loss:.4f} → {after.loss:.4f} ({change:+.4f})", style="bold")
+    text.append(f", over the held-out rows of the same {len(after.devices)} devices. ")
     text.append(
         "Each device trained its layers with the full model's gradient, streamed a layer at a time within its budget. With "
         'gradient = "submodel", the paper\'s, the layers left out are skipped in training too; on real weights that gradient '

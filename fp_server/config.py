@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self
 
@@ -54,6 +55,15 @@ class ServerConfig(Section):
     """What peers may make large or slow."""
 
 
+class Evaluation(StrEnum):
+    """``run.evaluation``: whose held-out data the first and the last loss of a run are measured on."""
+
+    DRAWN = "drawn"
+    """The devices drawn for the first round, and those drawn for the last: cheap, but other devices with other data."""
+    ALL = "all"
+    """Every able device before the first round and after the last: the two compare like with like."""
+
+
 class RunSection(Section):
     """``[run]``."""
 
@@ -76,7 +86,9 @@ class RunSection(Section):
     round_limit_seconds: PositiveFloat = 86_400.0
     """No round lasts longer than this."""
     final_evaluation: bool = True
-    """Whether the drawn devices of the last round report the loss once more at the end."""
+    """Whether the loss is measured once more at the end."""
+    evaluation: Evaluation = Evaluation.DRAWN
+    """Who measures the full model's held-out loss besides the devices drawn for a round."""
 
     @field_validator("name")
     @classmethod

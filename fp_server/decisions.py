@@ -12,6 +12,7 @@ from common.types import TaskKey
 from fp_server import events as e
 from fp_server.capacity import refusal
 from fp_server.commands import Command, Record
+from fp_server.config import Evaluation
 from fp_server.roundstate import Round, Stage
 from fp_server.seeding import draw_devices, rng_for
 
@@ -34,21 +35,26 @@ def decide(machine: RunMachine, now: float) -> list[Command]:
         reason = f"round {machine.next_round + 1} failed {machine.failures} times; see the devices' errors, then resume"
         return [Record(e.RunPaused(machine.name, reason))]
     able = sorted(d for d in machine.connected - machine.stale if machine.capacity(d) is not None)
-    return _open(machine, able) if machine.next_round < run.rounds else _open_evaluation(machine, able, now)
+    if machine.next_round == run.rounds:
+        return _open_evaluation(machine, able, now)
+    if run.evaluation is Evaluation.ALL and machine.next_round == 0 and not machine.evaluated and len(able) >= run.min_devices:
+        key = TaskKey(machine.name, 0, machine.attempt)
+        return [Record(e.RoundOpened(machine.name, key, tuple(able), tuple(able), _excluded(machine, able), True, 0))]
+    return _open(machine, able)
 
 
 def _open_evaluation(machine: RunMachine, able: list[str], now: float) -> list[Command]:
-    """The last round's devices report the loss once more; those that are away get the progress timeout to return."""
+    """The last round's devices, or all, report the loss once more; those that are away get the progress timeout to return."""
     run, key = machine.config.run, TaskKey(machine.name, machine.next_round, machine.attempt)
-    last = machine.history.trained
+    last = machine.evaluated or machine.history.trained
     waited = now - machine.idle_since > run.progress_timeout_seconds
     away = [d for d in last if d not in able and (d in machine.stale or d not in machine.connected)]
     if away and not waited:
         return []
-    drawn = tuple(d for d in last if d in able) or tuple(able)
+    drawn = tuple(d for d in last if d in able and run.evaluation is Evaluation.DRAWN) or tuple(able)
     if not drawn:
         return [Record(e.RunEnded(machine.name, "finished", "no device was there for the final evaluation"))]
-    return [Record(e.RoundOpened(machine.name, key, tuple(able), drawn, {}, True))]
+    return [Record(e.RoundOpened(machine.name, key, tuple(able), drawn, {}, True, 0))]
 
 
 def _open(machine: RunMachine, able: list[str]) -> list[Command]:
@@ -64,7 +70,8 @@ def _open(machine: RunMachine, able: list[str]) -> list[Command]:
         )
         return [Record(e.RunPaused(machine.name, reason))]
     drawn = draw_devices(able, machine.config.drawn(len(able)), rng_for(run.seed, key.round, "", f"sample/{key.attempt}"))
-    return [Record(e.RoundOpened(machine.name, key, tuple(able), drawn, _excluded(machine, able)))]
+    failed = key.attempt - bool(machine.evaluated and key.round == 0)  # the evaluation before it was no attempt
+    return [Record(e.RoundOpened(machine.name, key, tuple(able), drawn, _excluded(machine, able), failed=failed))]
 
 
 def _excluded(machine: RunMachine, able: list[str]) -> dict[str, str]:

@@ -58,7 +58,14 @@ class RoundOpened:
     drawn: tuple[str, ...]
     excluded: dict[str, str] = field(default_factory=dict)
     evaluate: bool = False
-    """True: the devices only report the loss; closes the run."""
+    """True: the devices only report the loss, before the first round or after the last."""
+    failed: int = -1
+    """How many attempts at the round came to nothing before; -1 in logs of version 0.1, where the key says it."""
+
+    @property
+    def attempt(self) -> int:
+        """The how-manieth attempt at the round this is, from 1."""
+        return (self.key.attempt if self.failed < 0 else self.failed) + 1
 
 
 @dataclass(frozen=True)

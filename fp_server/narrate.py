@@ -19,7 +19,9 @@ def tell(event: e.Event) -> None:
             said = event.report.refusal or ", ".join(map(_capacity, event.report.capacities))
             logger.info("device %s can hold: %s (%d samples)", event.device, said, event.samples)
         case e.RoundOpened():
-            what = "final evaluation" if event.evaluate else f"round {event.key.round + 1}, attempt {event.key.attempt + 1}"
+            what = f"round {event.key.round + 1}, attempt {event.attempt}"
+            if event.evaluate:
+                what = f"evaluation after {event.key.round} rounds"
             logger.info("%s opened with %s", what, ", ".join(event.drawn))
         case e.ProbeReceived():
             logger.info("device %s: full-model loss %.4f", event.device, event.loss)
@@ -33,8 +35,12 @@ def tell(event: e.Event) -> None:
             logger.info("round %d closed: %s", event.key.round + 1, event.reason)
         case e.RoundCommitted():
             logger.info("round %d committed: %d layers changed", event.key.round + 1, len(event.units))
-        case e.RunPaused() | e.RunResumed() | e.RunEnded():
-            logger.info("run %s: %s", event.run, type(event).__name__)
+        case e.RunPaused():
+            logger.warning("run %s is paused: %s", event.run, event.reason)
+        case e.RunResumed():
+            logger.info("run %s goes on", event.run)
+        case e.RunEnded():
+            logger.info("run %s %s%s", event.run, event.outcome, f": {event.reason}" if event.reason else "")
 
 
 def _capacity(capacity: Capacity) -> str:

@@ -68,6 +68,8 @@ class RunMachine:
         """Failed attempts at the next round since the run was last resumed; `attempt` only ever grows within a round."""
         self.idle_since = 0.0
         self.current: Round | None = None
+        self.evaluated: tuple[str, ...] = ()
+        """The devices that measured the loss before the first round (`run.evaluation = "all"`)."""
         self.history = History() if history is None else history
         self.paused: str | None = None
         self.ended: e.RunEnded | None = None
@@ -235,7 +237,9 @@ class RunMachine:
             out.append(Aggregate(event.key))
             return
         self.history.append(self.current, None)
-        if self.current.opened.evaluate:
+        if self.current.opened.evaluate and event.key.round < self.config.run.rounds:
+            self.evaluated, self.attempt = self.current.opened.drawn, self.attempt + 1
+        elif self.current.opened.evaluate:
             self.next_round += 1
         else:
             self.attempt, self.failures = self.attempt + 1, self.failures + 1

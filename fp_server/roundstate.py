@@ -73,12 +73,23 @@ Entry = tuple[Round, e.RoundCommitted | None]
 """A round (an attempt at it) that is over, and what it became: None when nothing was aggregated."""
 
 
+@dataclass(frozen=True)
+class Loss:
+    """The full model's held-out loss after some rounds."""
+
+    total: float
+    """Sum of the devices' losses, each times its tokens."""
+    tokens: int
+    devices: frozenset[str]
+    """Whose data it was measured on."""
+
+
 class History:
     """A run's ended rounds: the last `kept` of them whole, of all the others what later rounds and the loss curve need."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._last: deque[Entry] = deque(maxlen=kept)
-        self._losses: dict[int, tuple[float, int]] = {}
+        self._losses: dict[int, Loss] = {}
         self.total = 0
         """Rounds and attempts that have ended."""
         self.committed = 0
@@ -111,14 +122,24 @@ class History:
         """At most `count` rounds from the 0-based `index` on, which must be at least `first`."""
         return list(self._last)[index - self.first :][:count]
 
-    def losses(self) -> dict[int, tuple[float, int]]:
-        """Completed rounds -> (sum of the devices' held-out losses by token, tokens)."""
+    def losses(self) -> dict[int, Loss]:
+        """Completed rounds -> what devices have measured then."""
         return dict(self._losses)
 
 
-def add_losses(losses: dict[int, tuple[float, int]], a_round: Round) -> None:
-    """Add what a round's devices have measured of the full model's loss."""
-    for member in a_round.members.values():
+def add_losses(losses: dict[int, Loss], a_round: Round) -> None:
+    """Add what a round's devices have measured of the full model's loss.
+
+    An attempt at the same round starts from the same adapter, so its devices' figures belong to the same mean; who has
+    been counted already (in an evaluation of all, or an attempt that failed) measured the same and isn't counted again.
+    """
+    for device, member in a_round.members.items():
         if member.probe is not None and member.probe.tokens > 0:
-            total, tokens = losses.get(a_round.opened.key.round, (0.0, 0))
-            losses[a_round.opened.key.round] = (total + member.probe.loss * member.probe.tokens, tokens + member.probe.tokens)
+            at = a_round.opened.key.round
+            so_far = losses.get(at, Loss(0.0, 0, frozenset()))
+            if device not in so_far.devices:
+                losses[at] = Loss(
+                    so_far.total + member.probe.loss * member.probe.tokens,
+                    so_far.tokens + member.probe.tokens,
+                    so_far.devices | {device},
+                )

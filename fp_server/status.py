@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.types import UnitId
 from fp_server import events as e
@@ -26,8 +26,9 @@ def run_summary(machine: RunMachine) -> dict[str, Any]:
     return _summary(machine, loss_curve(machine))
 
 
-def _summary(machine: RunMachine, curve: list[tuple[int, float]]) -> dict[str, Any]:
-    losses = [loss for _, loss in curve]
+def _summary(machine: RunMachine, curve: list[Point]) -> dict[str, Any]:
+    losses = [point.loss for point in curve]
+    same = len(curve) > 1 and curve[0].devices == curve[-1].devices
     return {
         "run": machine.name,
         "state": machine.phase.value,
@@ -37,18 +38,29 @@ def _summary(machine: RunMachine, curve: list[tuple[int, float]]) -> dict[str, A
         "rounds": machine.config.run.rounds,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
+        "loss_devices": [len(curve[0].devices), len(curve[-1].devices)] if curve else [],
+        "loss_same_devices": same,
     }
 
 
-def loss_curve(machine: RunMachine) -> list[tuple[int, float]]:
-    """(completed rounds, full-model held-out loss), weighted by the devices' held-out tokens.
+class Point(NamedTuple):
+    """One point of the loss curve."""
+
+    rounds_done: int
+    loss: float
+    devices: frozenset[str]
+    """Whose held-out data it was measured on."""
+
+
+def loss_curve(machine: RunMachine) -> list[Point]:
+    """The full model's held-out loss after so many rounds, weighted by the devices' held-out tokens.
 
     A round counts once every drawn device has reported or dropped out: a mean over whoever came first would mislead.
     """
     curve = machine.history.losses()
     if machine.current is not None and all(m.probe is not None or m.settled for m in machine.current.members.values()):
         add_losses(curve, machine.current)
-    return [(index, total / tokens) for index, (total, tokens) in sorted(curve.items())]
+    return [Point(index, found.total / found.tokens, found.devices) for index, found in sorted(curve.items())]
 
 
 def status(
@@ -75,7 +87,7 @@ def status(
         "history": history,
         "history_first": begin + 1,
         "history_total": machine.history.total,
-        "loss": [{"rounds_done": done, "loss": loss} for done, loss in curve],
+        "loss": [{"rounds_done": p.rounds_done, "loss": p.loss, "devices": sorted(p.devices)} for p in curve],
         "start": machine.config.lora.start.value,
         "gradient": machine.config.train.gradient.value,
         "min_devices": machine.config.run.min_devices,
@@ -125,8 +137,9 @@ def _round(a_round: Round, commit: e.RoundCommitted | None) -> dict[str, Any]:
     opened = a_round.opened
     return {
         "round": opened.key.round + 1,
-        "attempt": opened.key.attempt + 1,
+        "attempt": opened.attempt,
         "evaluation": opened.evaluate,
+        "rounds_done": opened.key.round,
         "roster": list(opened.roster),
         "excluded": opened.excluded,
         "closed": a_round.closed.reason if a_round.closed else None,

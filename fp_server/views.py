@@ -58,6 +58,21 @@ def _change(run: dict[str, Any]) -> str:
     return f"{first:.4f}" if first == last else f"{first:.4f} → {last:.4f}"
 
 
+def _whose(run: dict[str, Any]) -> str:
+    """Whose data the first and the last loss were measured on."""
+    first, last = run["loss_devices"]
+    if run["loss_same_devices"]:
+        return f"on the data of the same {devices(first)}"
+    if run["loss_first"] == run["loss_last"]:
+        return f"on the data of {devices(first)}"
+    return f"on the data of {devices(first)} at first and {devices(last)} now, not the same ones (run.evaluation)"
+
+
+def devices(count: int) -> str:
+    """``1 device``, ``3 devices``."""
+    return f"{count} device" if count == 1 else f"{count} devices"
+
+
 def brief(status: dict[str, Any]) -> str:
     """One line: where the run stands and what each device of the round under way does."""
     if status["run"] is None:
@@ -67,7 +82,7 @@ def brief(status: dict[str, Any]) -> str:
         text += f", full-model held-out loss {_change(status)}"
     if (current := status["current"]) is not None:
         doing = (f"{name} {member['stage']}" for name, member in current["devices"].items())
-        text += f"; {'final evaluation' if current['evaluation'] else 'round ' + str(current['round'])}: {', '.join(doing)}"
+        text += f"; {_name(current)}: {', '.join(doing)}"
     return plain(text).plain
 
 
@@ -98,8 +113,8 @@ def _headline(status: dict[str, Any]) -> Text:
     text.append(f"{status['rounds_done']} of {status['rounds']} rounds, gradient {status['gradient']}, start {status['start']}")
     if status["loss_first"] is not None:
         text.append(f"\nfull-model held-out loss {_change(status)}")
-        if status["loss_first"] == status["loss_last"]:
-            text.append("; measured again with the next round", style="dim")
+        more = "; measured again with the next round" if status["loss_first"] == status["loss_last"] else ""
+        text.append(f"\n  {_whose(status)}{more}", style="dim")
     if status["state"] == "gathering":
         able = sum(device["connected"] and device["units"] > 0 for device in status["devices"].values())
         text.append(f"\nwaits for {status['min_devices']} able devices (run.min_devices); {able} are here")
@@ -149,11 +164,18 @@ def _rounds(rounds: list[dict[str, Any]], losses: dict[int, float]) -> Group:
     return Group(*parts)
 
 
+def _name(entry: dict[str, Any]) -> str:
+    """What a round is called."""
+    if entry["evaluation"]:
+        return "final evaluation" if entry["rounds_done"] else "first evaluation"
+    return f"round {entry['round']}"
+
+
 def _round_line(entry: dict[str, Any], loss: float | None) -> Text:
-    name = "final evaluation" if entry["evaluation"] else f"round {entry['round']}"
+    name = _name(entry)
     if entry["attempt"] > 1:
         name += f", attempt {entry['attempt']}"
-    said = [f"{len(entry['devices'])} devices"]
+    said = [devices(len(entry["devices"]))]
     if loss is not None:
         said.append(f"full-model held-out loss {loss:.4f}" + ("" if entry["evaluation"] else " before it"))
     if entry["bytes_up"] is not None:

@@ -116,14 +116,17 @@ def _status(full: list[float | None], first: float = 9.0, last: float = 8.0) -> 
 
     rounds = [
         {
-            "round": index + 1, "attempt": 1, "evaluation": index == 3, "committed": index < 3, "bytes_up": 6 << 20,
-            "bytes_down": 0, "changed_layers": [1, 2, 3, 30], "devices": {name: member(index, index < 3) for name in devices},
+            "round": index + 1, "rounds_done": index, "attempt": 1, "evaluation": index == 3, "committed": index < 3,
+            "bytes_up": 6 << 20, "bytes_down": 0, "changed_layers": [1, 2, 3, 30], "devices": {name: member(index, index < 3) for name in devices},
         }
         for index in range(4)
     ]  # fmt: skip
     return {
         "run": "demo", "state": "finished", "rounds": 3, "current": None, "history": rounds,
-        "loss": [{"rounds_done": index, "loss": loss if loss is not None else 1.0} for index, loss in enumerate(full)],
+        "loss": [
+            {"rounds_done": index, "loss": 1.0 if loss is None else loss, "devices": sorted(devices)}
+            for index, loss in enumerate(full)
+        ],
         "devices": {name: {"budget_bytes": budget, "connected": True, "units": 4} for name, budget in devices.items()},
     }  # fmt: skip
 
@@ -138,7 +141,7 @@ def _text(view, status: dict) -> str:
 def test_the_report_has_every_figure_of_a_round_in_100_columns(view):
     text = _text(view, _status([3.1, 3.2, 3.3, 3.4]))
     assert max(map(len, text.splitlines())) <= 100
-    assert "full-model held-out loss 3.1000 → 3.2000 (+0.1000)" in text
+    assert "Round 1  full-model held-out loss before it 3.1000 (2 devices)" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("small"))
     assert row == ["small", "4", "1-3", "30", "3", "MiB", "250", "MiB", "300", "MiB", "290", "MiB", "9.00", "→", "8.00"]
     assert "1  │  2  │  3-4  │  29-30" in text
@@ -150,7 +153,7 @@ def test_the_report_has_every_figure_of_a_round_in_100_columns(view):
         ([3.1, 3.2, 3.3, 3.4], 9.0, 8.0, ["from 9.00 at the first step to 8.00", "got worse: 3.1000 → 3.4000 (+0.3000)"]),
         ([3.1, 3.1, 3.1, 3.0], 8.0, 9.0, ["from 8.00 at the first step to 9.00", "improved: 3.1000 → 3.0000 (-0.1000)"]),
         ([3.1, 3.1, 3.1, 3.101], 8.0, 8.0, ["from 8.00 at the first step to 8.00", "hardly moved: 3.1000 → 3.1010"]),
-        ([3.1, 3.1, 3.1, None], 9.0, 8.0, ["not measured by every device"]),
+        ([3.1, 3.1, 3.1, None], 9.0, 8.0, ["not measured by the same devices"]),
     ],
 )
 def test_the_verdict_says_what_the_figures_say(view, full, first, last, words):
@@ -161,7 +164,14 @@ def test_the_verdict_says_what_the_figures_say(view, full, first, last, words):
 
 
 def test_a_loss_that_not_every_device_reported_is_not_shown(view):
-    assert view.losses(_status([3.1, None, 3.3, 3.4])) == {0: 3.1, 2: 3.3, 3: 3.4}
+    found = view.losses(_status([3.1, None, 3.3, 3.4]))
+    assert {index: measured.loss for index, measured in found.items()} == {0: 3.1, 2: 3.3, 3: 3.4}
+
+
+def test_other_devices_at_the_end_are_no_comparison(view):
+    status = _status([3.1, 3.1, 3.1, 3.0])
+    status["loss"][-1]["devices"] = ["big"]
+    assert "not measured by the same devices" in " ".join(_text(view, status).split())
 
 
 def test_plain_lines_are_said_once(view, capsys):

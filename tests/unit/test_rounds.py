@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fp_server import events as e
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Phase, Stage
 from fp_server.seeding import draw_devices, rng_for
+from fp_server.status import loss_curve
 from fp_server.work import parse_run
 
 MANIFEST = ModelManifest("toy", "llama", 4, 8, 16, (ModuleShape("self_attn.q_proj", 8, 8),), "ab" * 32)
@@ -189,6 +191,45 @@ def test_from_probe_to_commit_to_the_final_evaluation_and_the_end():
     ended = shell.do(probed(key, "b", True))
     assert shell.machine.phase is Phase.FINISHED and kinds(ended) == ["SendEnded", "SendEnded"]
     assert shell.machine.history.total == 3
+
+
+def test_all_devices_evaluate_before_the_first_round_and_after_the_last():
+    shell = Shell(rounds=1, evaluation="all", devices_per_round=2, min_devices=3)
+    shell.join("a", "b", "c")
+    first = shell.machine.current.opened
+    assert first.evaluate and first.drawn == ("a", "b", "c") and not shell.machine.task("c").task.similarity
+    shell.probe("a", "c")
+    shell.do(dropped(shell.key, "b"))
+    opened_ = shell.machine.current.opened
+    assert not opened_.evaluate and opened_.key == TaskKey("r", 0, 1) and opened_.attempt == 1
+    assert shell.machine.failures == 0 and len(opened_.drawn) == 2
+    shell.whole_round(*opened_.drawn)
+    last = shell.machine.current.opened
+    assert last.evaluate and last.drawn == ("a", "b", "c"), "who dropped out at first may measure at last"
+    shell.probe("a", "b", "c")
+    assert shell.machine.phase is Phase.FINISHED
+    assert [len(point.devices) for point in loss_curve(shell.machine)] == [2 + ("b" in opened_.drawn), 3]
+
+
+def test_an_evaluation_is_no_attempt_at_the_first_round():
+    shell = Shell(rounds=1, evaluation="all", devices_per_round=1.0, max_attempts=3)
+    shell.join("a", "b")
+    shell.probe("a", "b")
+    for attempt in (1, 2, 3):
+        assert not shell.machine.current.opened.evaluate and shell.machine.current.opened.attempt == attempt
+        shell.do(dropped(shell.key, "a"), dropped(shell.key, "b"))
+    assert shell.machine.phase is Phase.PAUSED and shell.machine.failures == 3
+
+
+def test_every_device_is_counted_once_in_the_loss():
+    """What the drawn devices measure again in the first round is in the evaluation of all already."""
+    shell = Shell(rounds=1, evaluation="all", devices_per_round=1.0)
+    shell.join("a", "b")
+    event = probed(shell.key, "a", True)
+    shell.do(replace(event, loss=1.0, tokens=10), replace(event, device="b", loss=2.0, tokens=30))
+    assert loss_curve(shell.machine) == [(0, pytest.approx(1.75), frozenset({"a", "b"}))]
+    shell.probe("a", "b")
+    assert loss_curve(shell.machine) == [(0, pytest.approx(1.75), frozenset({"a", "b"}))]
 
 
 def test_without_a_final_evaluation_the_last_commit_ends_the_run():
