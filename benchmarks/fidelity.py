@@ -189,10 +189,13 @@ def main() -> None:
         "reference": Reference(loader, spec, checkpoint.layers),
     }  # fmt: skip
     lines = [json.loads(text) for text in given.out.read_text().splitlines()] if given.out.exists() else []
+    options = {key: str(value) for key, value in vars(given).items() if key not in ("out", "scratch", "assignments", "threads")}
+    if other := next((line for line in lines if line.get("options") != options), None):
+        sys.exit(f"error: {given.out} holds assignment {other['assignment'] + 1} measured with other options; give another --out")
     for number in range(given.assignments):
         if number in {line["assignment"] for line in lines}:
             continue
-        line = measure(given, number, context)
+        line = {**measure(given, number, context), "options": options}
         lines.append(line)
         given.out.parent.mkdir(parents=True, exist_ok=True)
         with given.out.open("a") as out:

@@ -68,12 +68,12 @@ def initialise(directory: Path, names: list[str], listen: str, port: int, enroll
     """
     if (directory / "server.toml").exists():
         raise ConfigError(f"{directory}: already initialised (it has a server.toml); choose another --dir")
-    private_directory(directory)
-    directory.chmod(0o700)
     text = CONFIG_TEMPLATE.format(
         names=", ".join(json.dumps(name) for name in dict.fromkeys(names)), listen=listen, port=port, enroll_port=enroll_port
     )
     config = configuration.parse(text, ServerConfig, "fp-server init")
+    private_directory(directory)
+    directory.chmod(0o700)
     create_authority(directory, config.names, config.certificate_days)
     database = Database(directory / "log.sqlite")
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self
@@ -30,6 +32,8 @@ from common.types import (
 from fp_server.limits import ServerLimits
 from fp_server.methods import METHODS
 
+LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+"""A part of a host name between dots."""
 COMPONENTS = Part.ATTENTION
 """What `RunSpec.part` and `ProbeSpec.part` hold in component mode: anything but LAYER means components there."""
 
@@ -53,6 +57,23 @@ class ServerConfig(Section):
     """The server ends so soon after SIGTERM; pushes and an aggregation under way may use all but the last second of it."""
     limits: ServerLimits = ServerLimits()
     """What peers may make large or slow."""
+
+    @field_validator("names")
+    @classmethod
+    def _hosts(cls, value: list[str]) -> list[str]:
+        for name in value:
+            try:
+                ipaddress.ip_address(name)
+            except ValueError:
+                if len(name) > 253 or not all(LABEL.fullmatch(label) for label in name.split(".")):
+                    raise ValueError(f"{name!r} is no host name or address (no scheme, no port, no spaces)") from None
+        return value
+
+    @model_validator(mode="after")
+    def _two_ports(self) -> Self:
+        if self.port == self.enroll_port != 0:
+            raise ValueError(f"port and enroll_port are both {self.port}; they must differ")
+        return self
 
 
 class Evaluation(StrEnum):

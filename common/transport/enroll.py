@@ -66,6 +66,8 @@ async def join(
     say("the CA is the token's; sending the key to be signed")
     reply = await _enroll(token, ca, role, key, backoff)
     _check_certificate(reply.certificate_pem, ca, key)
+    if (before := _name_before(directory / f"{role}.pem")) not in ("", reply.name):
+        say(f"{directory} was {before!r} and is {reply.name!r} from now on; `fp-server revoke {before}` ends the old certificate")
     with _storage(directory):
         (directory / "ca.pem").write_text(ca)
         remember(token.server)
@@ -128,6 +130,14 @@ def _forbid_rejoin(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
             f"{path}: this directory has already joined (valid until {certificate.not_valid_after_utc:%Y-%m-%d}); "
             "join in another --dir, or with --again to replace the certificate"
         )
+
+
+def _name_before(path: Path) -> str:
+    """The name in the certificate that is about to be replaced; empty when there is none or it can't be read."""
+    try:
+        return tls.identity_of(x509.load_pem_x509_certificate(path.read_bytes()))[1]
+    except (OSError, ValueError, FedPrunerError):
+        return ""
 
 
 async def _fetch_ca(token: JoinToken, backoff: wire.Backoff) -> str:

@@ -69,7 +69,10 @@ def test_init_makes_a_directory_once(tmp_path):
     before = (tmp_path / "d" / "ca.pem").read_bytes()
     assert "already initialised" in cli("init", "--dir", tmp_path / "d", "--name", "x", code=2)
     assert (tmp_path / "d" / "ca.pem").read_bytes() == before
-    assert "port" in cli("init", "--dir", tmp_path / "e", "--name", "x", "--port", "70000", code=2)
+    for words in (("x", "--port", "70000"), ("x", "--port", "7443", "--enroll-port", "7443"), ("https://fp.example.org",)):
+        said = cli("init", "--dir", tmp_path / "e", "--name", *words, code=2)
+        assert ("host name" if "https" in words[0] else "port") in said
+    assert not (tmp_path / "e").exists(), "nothing is made of a configuration that is refused"
 
 
 def test_not_initialised(tmp_path):

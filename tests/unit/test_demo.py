@@ -117,7 +117,8 @@ def _status(full: list[float | None], first: float = 9.0, last: float = 8.0) -> 
     rounds = [
         {
             "round": index + 1, "rounds_done": index, "attempt": 1, "evaluation": index == 3, "committed": index < 3,
-            "bytes_up": 6 << 20, "bytes_down": 0, "changed_layers": [1, 2, 3, 30], "devices": {name: member(index, index < 3) for name in devices},
+            "bytes_up": 6 << 20, "bytes_down": 0, "changed_layers": [1, 2, 3, 30],
+            "devices": {name: member(index, index < 3) for name in devices},
         }
         for index in range(4)
     ]  # fmt: skip
