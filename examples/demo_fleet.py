@@ -15,7 +15,7 @@ import psutil  # type: ignore[import-untyped]
 
 TOOLS = Path(sys.executable).parent
 """Where this environment's `fp-server` and `fp-client` are."""
-COMMAND_SECONDS = 120.0
+COMMAND_SECONDS = 600.0
 GRACE_SECONDS = 15.0
 """How long a stopped daemon may take before it is killed."""
 POLL_SECONDS = 0.25
