@@ -9,6 +9,7 @@ import asyncio
 import logging
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib import metadata
@@ -31,6 +32,8 @@ WRITE_SECONDS = 60.0
 """How long it may leave unread what this device says."""
 MESSAGE = 4 << 20
 """Bytes a server's message may have."""
+PAUSES = (0.3, 1.0)
+"""Seconds between the looks at a server that seems to refuse a certificate."""
 
 Translate = Callable[[grpc.aio.AioRpcError], Awaitable[FedPrunerError]]
 
@@ -51,11 +54,22 @@ def software_version() -> str:
         return "unknown"
 
 
-def diagnose(directory: Path, address: str, timeout: float = 5.0) -> IdentityError | None:
+def diagnose(directory: Path, address: str, timeout: float = 5.0, pauses: tuple[float, ...] = PAUSES) -> IdentityError | None:
     """Why a server that does not answer might be refusing this certificate, or None when it is merely away.
 
-    A server that accepts a certificate speaks first (HTTP/2 settings); one that refuses it closes after the handshake.
+    A server that accepts a certificate speaks first (HTTP/2 settings); one that refuses it closes after the handshake, without
+    a word. So does one that is killed just then, and nobody listens afterwards: a refusal counts when it is one at every look.
     """
+    verdict = _look_at(directory, address, timeout)
+    for pause in pauses:
+        if verdict is None:
+            return None
+        time.sleep(pause)
+        verdict = _look_at(directory, address, timeout)
+    return verdict
+
+
+def _look_at(directory: Path, address: str, timeout: float) -> IdentityError | None:
     host, port = wire.split_address(address)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
@@ -68,16 +82,20 @@ def diagnose(directory: Path, address: str, timeout: float = 5.0) -> IdentityErr
         context.load_cert_chain(directory / "device.pem", directory / "device.key")
         with socket.create_connection((host, port), timeout) as raw:
             try:
-                with context.wrap_socket(raw, server_hostname=host) as stream:
-                    return None if stream.recv(1) else refused
+                stream = context.wrap_socket(raw, server_hostname=host)
             except ssl.SSLCertVerificationError as error:
                 return IdentityError(
                     f"{address}: the server's certificate can't be verified with {directory / 'ca.pem'}: {error.verify_message}"
                 )
             except ssl.SSLError as error:
                 return refused if "ALERT" in (error.reason or "") else None
-            except ConnectionResetError:
-                return refused
+            with stream:  # whoever cuts a connection before this point has not seen a certificate
+                try:
+                    return None if stream.recv(1) else refused
+                except ssl.SSLError as error:
+                    return refused if "ALERT" in (error.reason or "") else None
+                except ConnectionResetError:
+                    return refused
     except OSError:
         return None
 
