@@ -20,7 +20,8 @@ The tree::
     │   └── DigestError               exit 8   DATA_LOSS            bytes that are not what they claim
     ├── NotFound                      exit 9   NOT_FOUND            a run, object or device unknown here
     ├── PolicyError                   exit 10  PERMISSION_DENIED    the device's policy file says no
-    ├── StorageError                  exit 11  RESOURCE_EXHAUSTED   disk full, or the directory is damaged
+    ├── StorageError                  exit 11  RESOURCE_EXHAUSTED   disk full, or the directory can't be used
+    │   └── DamagedError              exit 11  DATA_LOSS            stored bytes are not what was written
     ├── InUseError                    exit 12  FAILED_PRECONDITION  port or data directory taken
     ├── WorkerError                   exit 13  ABORTED              a task's process died or failed
     └── LimitError                    exit 14  RESOURCE_EXHAUSTED   more than the other side allows; later it may do
@@ -147,10 +148,16 @@ class PolicyError(FedPrunerError):
 
 
 class StorageError(FedPrunerError):
-    """Writing failed (disk full), or a data directory is damaged."""
+    """Writing failed (disk full), or a data directory can't be used."""
 
     exit_code = 11
     status = "RESOURCE_EXHAUSTED"
+
+
+class DamagedError(StorageError):
+    """The event log or a stored object is not what was written; the message names it and says what to do."""
+
+    status = "DATA_LOSS"
 
 
 class InUseError(FedPrunerError):

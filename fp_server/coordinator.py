@@ -113,7 +113,8 @@ class Coordinator:
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Fold the log; take up what was under way. Raises StorageError when the log is damaged."""
+        """Fold the log; take up what was under way. Raises DamagedError when the log is damaged."""
+        self.log.check()
         self.names = self.log.runs()
         for name in self.names:
             machine = self.fold(name)

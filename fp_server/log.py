@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.errors import NotFound, StorageError
+from fp_server import chain
+from fp_server.chain import Head
 from fp_server.events import Event, decode, encode
 
 _SCHEMA = """
@@ -19,7 +21,8 @@ CREATE TABLE IF NOT EXISTS events (
     run TEXT NOT NULL,
     time REAL NOT NULL,
     kind TEXT NOT NULL,
-    body TEXT NOT NULL
+    body TEXT NOT NULL,
+    chain TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX IF NOT EXISTS events_run ON events (run, seq);
 CREATE INDEX IF NOT EXISTS events_kind ON events (run, kind, seq);
@@ -69,25 +72,54 @@ Also = Callable[[sqlite3.Connection], None]
 class Database:
     """One SQLite file and the one thread that touches it."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises StorageError when the file is damaged or can't be written."""
-        self.path = path
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
-        self._connection = self._thread.submit(self._open).result()
+    def __init__(self, path: Path, reading: bool = False) -> None:
+        """`reading`: change nothing, not even what an older version left undone.
 
-    def _open(self) -> sqlite3.Connection:
+        Raises StorageError when the file can't be used, DamagedError when it is damaged.
+        """
+        self.path, self.reading, self.chained = path, reading, False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         try:
-            connection = sqlite3.connect(self.path, isolation_level=None)
+            self._connection = self._thread.submit(self._open, reading).result()
+        except BaseException:
+            self._thread.shutdown()
+            raise
+
+    def _open(self, reading: bool) -> sqlite3.Connection:
+        if reading and not self.path.exists():
+            raise StorageError(f"{self.path}: no such file")
+        place = f"{self.path.resolve().as_uri()}?mode=ro" if reading else self.path
+        connection = None
+        try:
+            connection = sqlite3.connect(place, isolation_level=None, uri=reading)
+            # A flipped bit must be an event that is not what was written, and not text that can't be read.
+            connection.text_factory = lambda raw: raw.decode(errors="surrogateescape")
+            if reading:
+                self.chained = chain.has_column(connection)
+                return connection
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
             connection.executescript(_SCHEMA)
+            if not chain.has_column(connection) or not chain.head(connection).hash:
+                chain.add_column(connection)
+            self.chained = True
         except sqlite3.Error as error:
-            raise StorageError(f"{self.path}: {error}") from None
+            if connection is not None:
+                connection.close()
+            raise self._error(error) from None
         return connection
+
+    def _error(self, error: sqlite3.Error) -> StorageError:
+        """What SQLite complains of, and what to do."""
+        if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return chain.damaged(f"{self.path}: {error}")
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN:
+            return StorageError(f"{self.path}: {error}")
+        return StorageError(f"{self.path}: {error}; free some space, nothing was lost")
 
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("BEGIN" if self.reading else "BEGIN IMMEDIATE")
             try:
                 result = work(self._connection)
                 self._connection.execute("COMMIT")
@@ -96,7 +128,7 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise StorageError(f"{self.path}: {error}; free some space, nothing was lost") from None
+            raise self._error(error) from None
         return result
 
     def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -125,10 +157,15 @@ class EventLog:
         """Commit one event, and in the same transaction what `also` does. Raises StorageError (disk full); then nothing was
         written."""
         kind, body = encode(event)
-        row = (event.run, time.time() if at is None else at, kind, body)
+        when = time.time() if at is None else at
 
         def work(c: sqlite3.Connection) -> None:
-            c.execute("INSERT INTO events (run, time, kind, body) VALUES (?, ?, ?, ?)", row)
+            last = chain.fill(c)
+            row = (last.seq + 1, event.run, when, kind, body)
+            c.execute(
+                "INSERT INTO events (seq, run, time, kind, body, chain) VALUES (?, ?, ?, ?, ?, ?)",
+                (*row, chain.link(last.hash, row)),
+            )
             if also is not None:
                 also(c)
 
@@ -151,17 +188,44 @@ class EventLog:
             raise NotFound(f"run {run!r} has opened no round number {index + 1} (attempts counted)")
         return int(row[0])
 
+    def check(self) -> Head:
+        """Look at every event of every run: is each what was written, is none missing. The end of the chain.
+
+        Raises DamagedError, which names the first event that is damaged or missing, and says what to do.
+        """
+
+        def work(c: sqlite3.Connection) -> Head:
+            problems = [str(row[0]) for row in c.execute("PRAGMA integrity_check(3)")]
+            if problems != ["ok"]:
+                raise chain.damaged(f"{self._database.path}: {'; '.join(problems)}")
+            given = c.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
+            if not self._database.chained:
+                return Head(int(given[0]) if given else 0, "")
+            return chain.check(chain.rows(c), int(given[0]) if given else 0, self._database.reading)
+
+        return self._database.run(work)
+
     def replay(self, run: str, first: int = 0) -> Iterator[tuple[float, Event]]:
-        """(time, event) of one run, in order, a page at a time, from the sequence number `first` on."""
+        """(time, event) of one run, in order, a page at a time, from the sequence number `first` on.
+
+        Raises DamagedError at an event that is not what was written.
+        """
         last = first - 1
         while True:
-            page = self._database.run(
-                lambda c, last=last: c.execute(  # type: ignore[misc]
-                    "SELECT seq, time, kind, body FROM events WHERE run = ? AND seq > ? ORDER BY seq LIMIT 500", (run, last)
-                ).fetchall()
-            )
+            page = self._database.run(lambda c, last=last: self._page(c, run, last))  # type: ignore[misc]
             if not page:
                 return
             for seq, at, kind, body in page:
                 last = seq
                 yield at, decode(kind, body)
+
+    def _page(self, c: sqlite3.Connection, run: str, last: int) -> list[tuple[int, float, str, str]]:
+        chained = self._database.chained
+        hashes = "chain, (SELECT chain FROM events WHERE seq = e.seq - 1)" if chained else "'', ''"
+        page = c.execute(
+            f"SELECT seq, time, kind, body, {hashes} FROM events e WHERE run = ? AND seq > ? ORDER BY seq LIMIT 500", (run, last)
+        ).fetchall()
+        for seq, at, kind, body, hash_, previous in page:
+            if chained and (hash_ or not self._database.reading):
+                chain.follow((seq, run, at, kind, body), hash_, previous)
+        return [row[:4] for row in page]
