@@ -32,7 +32,7 @@ from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Stage
-from fp_server.validation import check_metrics, check_update
+from fp_server.validation import check_metrics, check_update, starting_points
 from fp_server.work import aggregate_round, choose_units, run_started, started_config
 
 NOW = 0.0
@@ -277,7 +277,8 @@ class Job:
         out = self.store.scratch / f"{device}.safetensors"
         metrics = self.devices.train(device, assignment, out)
         check_metrics(metrics)
-        check_update(out, assignment, self.machine.manifest, self.machine.config.limits.max_update_norm)
+        starts, norm = starting_points(assignment, self.store.path), self.machine.config.limits.max_update_norm
+        check_update(out, assignment, self.machine.manifest, norm, starts)
         return e.UpdateAccepted(self.machine.name, assignment.key, device, self.store.adopt(out), metrics)
 
     # -- the log ---------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ class ServerConfig(Section):
     certificate_days: PositiveInt = 90
     """How long device and operator certificates are valid."""
     max_samples: PositiveInt = 1_000_000
-    """Cap on |D_n|, so that no device buys weight by claiming samples."""
+    """Cap on |D_n|, so that no device buys weight by claiming samples; a run's own may be lower."""
+    max_update_norm: PositiveFloat | None = None
+    """Cap on every run's ``limits.max_update_norm``."""
     grace_seconds: float = Field(8.0, ge=1)
     """The server ends so soon after SIGTERM; pushes and an aggregation under way may use all but the last second of it."""
     limits: ServerLimits = ServerLimits()
@@ -228,7 +230,9 @@ class LimitSection(Section):
     min_holders: PositiveInt = 1
     """A unit with fewer holders in a round keeps what it had (docs/algorithm.md, privacy)."""
     max_update_norm: PositiveFloat | None = None
-    """Largest Frobenius norm of (α/r)·B·A a module may have; none by default."""
+    """Largest Frobenius norm a module's (α/r)·B·A may have, less what the device started with; none by default."""
+    max_samples: PositiveInt | None = None
+    """Cap on |D_n| in this run, beside the server's."""
     update_bytes: int = Field(0, ge=0, lt=2**63)
     """The most bytes of tensors an update may have; 0: no limit."""
 

@@ -25,7 +25,8 @@ async def plan_reported(coordinator: Coordinator, device: str, report: PlanRepor
         report = replace(report, capacities=(), unit_bytes=(), refusal=problem)
     before = machine.plans.get(device)
     joined = before is not None and before.samples > 0
-    samples = before.samples if before is not None and joined else min(report.samples, coordinator.config.max_samples)
+    most = min(coordinator.config.max_samples, machine.config.limits.max_samples or report.samples)
+    samples = before.samples if before is not None and joined else min(report.samples, most)
     event = e.PlanReceived(machine.name, device, report, samples)
     if event == before:  # nothing that a restart would have to know
         await coordinator.post(PlanConfirmed(device))

@@ -20,7 +20,7 @@ from fp_server.limits import HELLO_SECONDS
 from fp_server.objects import Arrival
 from fp_server.quota import Quota
 from fp_server.reports import accept, reject
-from fp_server.validation import check_metrics, check_update, update_bytes_limit
+from fp_server.validation import check_metrics, check_update, norm_limit, starting_points, update_bytes_limit
 
 
 class _Push:
@@ -132,9 +132,12 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 await asyncio.shield(asyncio.to_thread(arrival.close))
         path = await asyncio.to_thread(arrival.finish)
         try:
-            norm = machine.config.limits.max_update_norm
+            norm = norm_limit(machine.config.limits.max_update_norm, self._coordinator.config.max_update_norm)
+            starts = starting_points(assignment, self._coordinator.store.path)
             async with self._checking:
-                await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm)
+                await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm, starts)
+        except StorageError:  # what the device started with can't be read: the server's trouble, and it tries again
+            raise
         except FedPrunerError as error:
             arrival.discard()
             await reject(self._coordinator, device, ready.key, error)

@@ -5,16 +5,19 @@ Everything expected comes from the assignment and the model's manifest, never fr
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from common.blocks import key
+from common.blocks import key, parse_key
 from common.errors import ModelError, UpdateRejected
 from common.tensorfile import TensorFile
-from common.types import Assignment, Factors, FloatArray, ModelManifest, UpdateMetrics, unit_modules
-from fp_server.lowrank import Float64
+from common.types import Assignment, Factors, FloatArray, ModelManifest, Start, UpdateMetrics, unit_modules
+from fp_server.ledger import open_ledger, read_delta
+from fp_server.lowrank import Factored
+from fp_server.products import Product, moved, norm
 
 HEADER_LIMIT = 8 << 20
 """Bytes an update's header may take: some fifty thousand tensors."""
@@ -49,38 +52,84 @@ def update_bytes_limit(assignment: Assignment, manifest: ModelManifest) -> int:
     return sum(4 * rows * columns for rows, columns in shapes.values()) + 256 * len(shapes) + (64 << 10)
 
 
-def check_update(path: Path, assignment: Assignment, manifest: ModelManifest, max_norm: float | None = None) -> None:
+def norm_limit(*limits: float | None) -> float:
+    """The lowest of what operator and run allow; never above what float32 can sum."""
+    return min([REPRESENTABLE, *(limit for limit in limits if limit is not None)])
+
+
+def starting_points(assignment: Assignment, path: Callable[[str], Path]) -> dict[int, Path]:
+    """Layer -> the broadcast file whose top components the device continued; none where it began with B = 0.
+
+    `path`: where an object with this digest is (`ObjectStore.path`).
+    """
+    if assignment.spec.start is not Start.GLOBAL:
+        return {}
+    return {unit.layer: path(unit.ref.digest) for unit in assignment.adapter}
+
+
+class Starts:
+    """The factors that an assignment's modules started with; open files until closed."""
+
+    def __init__(self, assignment: Assignment, manifest: ModelManifest, files: Mapping[int, Path]) -> None:
+        self._rank, self._manifest, self._paths = assignment.spec.rank, manifest, files
+        self._open: dict[int, TensorFile] = {}
+        self._stack = ExitStack()
+
+    def of(self, layer: int, module: str) -> Product:
+        """The top r components of the broadcast, rank 0 where there are none. Raises StorageError for a damaged file."""
+        if layer in self._paths and layer not in self._open:
+            self._open[layer] = self._stack.enter_context(open_ledger(self._paths[layer]))
+        shape = self._manifest.module(module)
+        assert shape is not None, "the assignment was made from this manifest"
+        found = read_delta(self._open.get(layer), layer, shape)
+        assert isinstance(found, Factored), "a broadcast holds factors"
+        top = found.first(self._rank)
+        return Product(top.a, top.b)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+
+def check_update(
+    path: Path,
+    assignment: Assignment,
+    manifest: ModelManifest,
+    max_norm: float | None = None,
+    starts: Mapping[int, Path] | None = None,
+) -> None:
     """Raise UpdateRejected, naming the tensor, unless the file is exactly what was assigned.
 
     Checked: a well-formed file, the exact key set, shapes, dtype F32, every value finite, and per module the Frobenius
-    norm of (α/r)·B·A at most `max_norm`. One module's factors are in memory at a time; the product never is.
+    norm of (α/r)·B·A less what the device started with (`starting_points`) at most `max_norm`. That bounds what one
+    device can move in the ledger, as a weight w is at most 1. One module's factors are in memory at a time; the
+    product never is. Raises StorageError when a starting point's file is damaged.
     """
     expected = expected_shapes(assignment, manifest)
     try:
         file = TensorFile(path, HEADER_LIMIT)
     except ModelError as error:
         raise UpdateRejected(f"the update can't be read: {str(error).removeprefix(f'{path}: ')}") from None
-    with file:
+    with file, ExitStack() as stack:
         _check_header(file, expected)
-        scale = assignment.spec.alpha / assignment.spec.rank
-        grams: dict[str, Float64] = {}
+        given = Starts(assignment, manifest, starts or {})
+        stack.callback(given.close)
+        scale, limit = assignment.spec.alpha / assignment.spec.rank, norm_limit(max_norm)
+        factors: dict[str, FloatArray] = {}
         for name in expected:
             tensor = file.float32(name)
             if not np.isfinite(tensor).all():
                 place = np.argwhere(~np.isfinite(tensor))[0].tolist()
                 raise UpdateRejected(f"tensor {name!r} holds {tensor[tuple(place)]} at {place}: every value must be finite")
-            module, factor = name.rsplit(".lora_", 1)
-            grams[factor] = _gram(tensor if factor == "A" else tensor.T)
-            del tensor
-            if len(grams) == 2:
-                # ‖BA‖² = tr(BᵀB · AAᵀ)
-                norm = abs(scale) * math.sqrt(max(0.0, float((grams["A"] * grams["B"]).sum())))
-                grams.clear()
-                limit = REPRESENTABLE if max_norm is None else min(max_norm, REPRESENTABLE)
-                if not norm <= limit:
-                    raise UpdateRejected(
-                        f"tensor {module + '.lora_B'!r}: the update's norm is {norm:.4g}, at most {limit:.4g} counts"
-                    )
+            layer, module, factor = parse_key(name)
+            factors[factor] = tensor
+            if len(factors) < 2:
+                continue
+            size = norm(moved(scale, Product(factors["A"], factors["B"]), given.of(layer, module)))
+            factors.clear()
+            if not size <= limit:
+                away = " away from where it started" if starts else ""
+                raise UpdateRejected(f"tensor {name!r}: the update's norm is {size:.4g}{away}, at most {limit:.4g} counts")
 
 
 def check_metrics(metrics: UpdateMetrics) -> None:
@@ -95,13 +144,6 @@ def check_metrics(metrics: UpdateMetrics) -> None:
     for value in (*cosines, *metrics.unit_fidelity):
         if not abs(value) <= 1.01:  # rounding may take a cosine a little over 1
             raise UpdateRejected(f"the update's fidelity is {value:.4g}, a cosine lies between -1 and 1")
-
-
-def _gram(x: FloatArray) -> Float64:
-    """X Xᵀ (r, r) in float64."""
-    x64 = x.astype(np.float64)
-    product: Float64 = x64 @ x64.T
-    return product
 
 
 def _check_header(file: TensorFile, expected: dict[str, tuple[int, int]]) -> None:

@@ -9,10 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import UpdateRejected
-from common.tensorfile import write_tensors
-from common.types import Assignment, Factors, ModelManifest, ModuleShape, TaskKey, TrainSpec, UnitId, UpdateMetrics
-from fp_server.validation import check_metrics, check_update, expected_shapes
+from common.blocks import key, write_blocks
+from common.errors import StorageError, UpdateRejected
+from common.tensorfile import TensorFile, write_tensors
+from common.types import (
+    Assignment,
+    Factors,
+    LoraBlock,
+    ModelManifest,
+    ModuleShape,
+    ObjectRef,
+    Start,
+    TaskKey,
+    TrainSpec,
+    UnitId,
+    UnitObject,
+    UpdateMetrics,
+)
+from fp_server.validation import check_metrics, check_update, expected_shapes, norm_limit, starting_points
 
 MODULES = (ModuleShape("mlp.up_proj", 40, 24), ModuleShape("self_attn.k_proj", 8, 24), ModuleShape("self_attn.q_proj", 24, 24))
 MANIFEST = ModelManifest("tiny", "llama", 6, 24, 100, MODULES, "f" * 64)
@@ -109,6 +123,54 @@ def test_values_that_would_overflow_the_ledger_are_refused_without_a_limit_too(t
     tensors[A], tensors[B] = np.full((4, 24), 3e38, np.float32), np.full((24, 4), 3e38, np.float32)
     with pytest.raises(UpdateRejected, match=f"'{B}': the update's norm"):
         check(tmp_path, tensors)
+
+
+def test_the_norm_is_measured_from_what_the_device_started_with(tmp_path: Path) -> None:
+    """Twin: the dense difference. Of the broadcast's six components the device continued the first four."""
+    rng = np.random.default_rng(5)
+    given: dict[int, Path] = {}
+    for layer in (1, 4):
+        given[layer] = tmp_path / f"broadcast-{layer}"
+        shapes = {"mlp.up_proj": (40, 24), "self_attn.q_proj": (24, 24)} if layer == 4 else {"mlp.up_proj": (40, 24)}
+        blocks = [
+            LoraBlock(layer, name, rng.standard_normal((6, d_in), np.float32), 50 * rng.standard_normal((d_out, 6), np.float32))
+            for name, (d_out, d_in) in shapes.items()
+        ]
+        write_blocks(given[layer], blocks)
+        start = {block.module: block for block in blocks}
+    tensors = good()
+    tensors[A], tensors[B] = start["self_attn.q_proj"].a[:4], start["self_attn.q_proj"].b[:, :4] / 2 + tensors[B]
+    for layer, name in ((1, "mlp.up_proj"), (4, "mlp.up_proj")):  # these have not moved
+        with TensorFile(given[layer]) as file:
+            tensors[key(layer, name, "A")] = file.float32(key(layer, name, "A"))[:4]
+            tensors[key(layer, name, "B")] = file.float32(key(layer, name, "B"))[:, :4] / 2
+    for factor in "AB":  # the broadcast has nothing of this one: it began with B = 0
+        tensors[key(1, "self_attn.q_proj", factor)] *= np.float32(0.1)
+    first = start["self_attn.q_proj"]
+    top = first.b[:, :4].astype(np.float64) @ first.a[:4].astype(np.float64)
+    distance = float(np.linalg.norm(2.0 * tensors[B].astype(np.float64) @ tensors[A].astype(np.float64) - top))
+    assert distance < np.linalg.norm(top) / 5, "the update itself is far larger"
+    assignment = dataclasses.replace(ASSIGNMENT, spec=dataclasses.replace(SPEC, start=Start.GLOBAL))
+    write_tensors(tmp_path / "update", tensors)
+    check_update(tmp_path / "update", assignment, MANIFEST, distance * (1 + 1e-6), given)
+    with pytest.raises(UpdateRejected, match=rf"'{B}': the update's norm is {distance:.4g} away from where it started"):
+        check_update(tmp_path / "update", assignment, MANIFEST, distance * (1 - 1e-6), given)
+    given[4].write_bytes(b"x" * 100)
+    with pytest.raises(StorageError, match="damaged"):
+        check_update(tmp_path / "update", assignment, MANIFEST, 1e9, given)
+
+
+def test_only_a_global_start_has_starting_points() -> None:
+    adapter = (UnitObject(1, ObjectRef("ab" * 32, 1)), UnitObject(4, ObjectRef("cd" * 32, 1)))
+    fresh = dataclasses.replace(ASSIGNMENT, adapter=adapter)
+    assert starting_points(fresh, Path) == {}
+    other = dataclasses.replace(fresh, spec=dataclasses.replace(SPEC, start=Start.GLOBAL))
+    assert starting_points(other, Path) == {1: Path("ab" * 32), 4: Path("cd" * 32)}
+
+
+def test_the_lower_limit_holds() -> None:
+    assert norm_limit(None, None) == 1e30
+    assert norm_limit(5.0, None) == norm_limit(None, 5.0) == norm_limit(7.0, 5.0) == norm_limit(5.0, 1e40) == 5.0
 
 
 @pytest.mark.parametrize("upload", [Factors.A, Factors.B])

@@ -1,0 +1,130 @@
+"""Attacks by what a device uploads and claims, against a real server: it counts for no more than the operator allows."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from server_side import Device, Server, blocks_of, fetch, run_toml, whole_run
+
+from common.blocks import read_blocks, write_blocks
+
+
+@pytest.fixture
+def strict(tmp_path: Path):
+    """A server whose operator caps norms and sample counts for all runs."""
+    one = Server(tmp_path / "server")
+    path = one.directory / "server.toml"
+    path.write_text("max_update_norm = 100.0\nmax_samples = 60\n" + path.read_text())
+    one.start()
+    yield one
+    if one.process is not None:
+        one.kill()
+
+
+def changed(change, rounds):
+    """Honest updates, but for these rounds: there every block is `change(block)`."""
+
+    def make(assignment, device):
+        blocks = blocks_of(assignment, device.name)
+        if assignment.key.round in rounds:
+            blocks = [change(block) for block in blocks]
+        path = device.server.devices / device.name / "made.safetensors"
+        write_blocks(path, blocks)
+        return path.read_bytes()
+
+    return make
+
+
+def started_with(ledger_scale):
+    """Continue the broadcast's top components, `ledger_scale` away from them. α/r = 2."""
+
+    async def make(assignment, device):
+        path = device.server.devices / device.name / "made.safetensors"
+        blocks = {(b.layer, b.module): b for b in blocks_of(assignment, device.name)}
+        async with device.server.channel(device.name) as channel:
+            for item in assignment.adapter:
+                path.write_bytes(await fetch(channel, item.ref.digest))
+                for given in read_blocks(path):
+                    if (given.layer, given.module) in blocks:
+                        top = replace(given, a=given.a[:2], b=given.b[:, :2] / 2)
+                        blocks[given.layer, given.module] = replace(top, b=top.b * np.float32(ledger_scale))
+        write_blocks(path, list(blocks.values()))
+        return path.read_bytes()
+
+    return make
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_is_refused_and_the_others_make_the_round(server, value):
+    bob = Device(server, "bob", make=changed(lambda b: replace(b, a=np.full_like(b.a, value)), {0}))
+    status = asyncio.run(whole_run(server, [Device(server, "alice"), bob], run_toml()))
+    first, second = status["history"][:2]
+    assert first["devices"]["bob"]["error"] == "UpdateRejected" and "must be finite" in first["devices"]["bob"]["message"]
+    assert (first["weights"], second["weights"]) == ({"alice": 40}, {"alice": 40, "bob": 40})
+    assert "is rejected" in server.log() and f"holds {value}" in server.log()
+
+
+def test_the_operators_cap_on_norms_holds_whatever_the_run_file_says(strict):
+    huge = changed(lambda b: replace(b, b=b.b * np.float32(1e6)), {0})
+    toml = run_toml(limits_max_update_norm=1e9)
+    status = asyncio.run(whole_run(strict, [Device(strict, "alice"), Device(strict, "bob", make=huge)], toml))
+    assert "at most 100 counts" in status["history"][0]["devices"]["bob"]["message"]
+    assert [entry["weights"] for entry in status["history"][:2]] == [{"alice": 40}, {"alice": 40, "bob": 40}]
+
+
+def test_a_norm_is_measured_from_the_factors_a_device_continued(server):
+    """start = "global": bob's factors are the broadcast's own, a tenth larger, then a hundred times; B·A alone says little."""
+    made = {1: started_with(1.1), 2: started_with(100.0)}
+
+    async def make(assignment, device):
+        if assignment.key.round in made:
+            return await made[assignment.key.round](assignment, device)
+        return device.honest(assignment)
+
+    # Honest updates have a norm of some 5 a module.
+    devices = [Device(server, "alice", units=6), Device(server, "bob", make=make, units=6)]
+    status = asyncio.run(whole_run(server, devices, run_toml("global", rounds=3, limits_max_update_norm=25.0)))
+    assert [entry["weights"].get("bob") for entry in status["history"][:3]] == [40, 40, None]
+    assert "away from where it started, at most 25 counts" in status["history"][2]["devices"]["bob"]["message"]
+
+
+def test_an_inflated_sample_count_buys_no_more_than_the_operators_cap(strict):
+    bob = Device(strict, "bob", samples=10**12)
+    status = asyncio.run(whole_run(strict, [Device(strict, "alice"), bob], run_toml()))
+    assert all(entry["weights"] == {"alice": 40, "bob": 60} for entry in status["history"][:2])
+    assert status["devices"]["bob"]["samples"] == 60
+
+
+def test_a_run_may_cap_lower_and_never_higher(strict):
+    for most, counted in ((50, 50), (70, 60)):
+        bob = Device(strict, "bob", samples=10**12)
+        toml = run_toml(name=f"most-{most}", limits_max_samples=most)
+        status = asyncio.run(whole_run(strict, [Device(strict, "alice"), bob], toml))
+        assert status["history"][0]["weights"] == {"alice": 40, "bob": counted}
+
+
+def test_what_is_claimed_after_joining_a_run_changes_nothing(strict):
+    """bob joins with 5 samples, goes away after the first round and comes back with many."""
+    delivered = asyncio.Event()
+
+    async def gone():
+        delivered.set()
+
+    modest, greedy = Device(strict, "bob", samples=5, hooks={"accepted": gone}), Device(strict, "bob", samples=10**12)
+
+    class Both(Device):
+        async def live(self):
+            first = asyncio.create_task(modest.live())
+            await delivered.wait()
+            first.cancel()
+            await asyncio.wait([first])
+            await greedy.live()
+
+    both = Both(strict, "bob")
+    status = asyncio.run(whole_run(strict, [Device(strict, "alice"), both], run_toml(rounds=3)))
+    assert "planned" in greedy.seen, "it was asked again and said more"
+    assert all(entry["weights"] == {"alice": 40, "bob": 5} for entry in status["history"][:3])
