@@ -19,7 +19,11 @@ CLOSING = 1.0
 
 
 def leave_on_sigterm() -> None:
-    """From now on SIGTERM ends the process with exit code 0: nothing is under way yet. An event loop's handler replaces it."""
+    """From now on SIGTERM ends the process with exit code 0: nothing is under way yet. An event loop's handler replaces it.
+
+    Does nothing in another thread than the main one, where a command may be called by a program of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 

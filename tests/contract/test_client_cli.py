@@ -138,7 +138,8 @@ class Printed:
                 cli.main()
         finally:
             sys.argv = before
-            signal.signal(signal.SIGTERM, handler)
+            if signal.getsignal(signal.SIGTERM) is not handler:
+                signal.signal(signal.SIGTERM, handler)
         seen = self.capsys.readouterr()
         return ended.value.code or 0, seen.out, seen.err
 
@@ -202,7 +203,7 @@ def test_wrong_flags(tmp_path, run):
 
 
 def test_every_command_has_help_with_an_example(run):
-    assert len(app.registered_commands) == 8
+    assert len(app.registered_commands) == 9
     for command in app.registered_commands:
         code, out, _ = run(command.callback.__name__, "--help")
         assert code == 0 and "Example:" in out

@@ -279,7 +279,7 @@ def test_a_fetch_and_a_push_under_way_end_with_a_revocation(tmp_path):
             await fetching.read()
             pushing = stub.Push()
             await pushing.write(objects_pb2.PushMessage(header=serde.ready_to_pb(ready_for(assignment.key, data), 0)))
-            await pushing.write(objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=data[: len(data) // 2])))
+            await pushing.write(objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=data[: 1 << 20])))
             await revoke(server, "alice")
             async with asyncio.timeout(SOON):
                 cut.append(await refused(to_the_end(fetching)))
