@@ -12,9 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from common.errors import (
+    DamagedError,
     FedPrunerError,
     InUseError,
     LimitError,
@@ -23,7 +25,9 @@ from common.errors import (
     TooLate,
     UnreachableError,
 )
+from fp_server import audit, damage
 from fp_server import events as e
+from fp_server.audit import SERVER
 from fp_server.commands import (
     Aggregate,
     Choose,
@@ -107,6 +111,7 @@ class Coordinator:
         self._kept: frozenset[str] = frozenset()
         """The ledgers and adapters of all ended runs."""
         self._bytes_down = 0
+        store.quarantined = self._quarantined
         self.draining = False
         """The server is about to stop: it begins nothing more."""
 
@@ -351,6 +356,9 @@ class Coordinator:
                 )
             except TooLate:  # the run was stopped meanwhile
                 break
+            except damage.LostUpdates as error:  # the round goes on until they are there again, or by its usual rules
+                await self.insist(e.UpdatesLost(machine.name, command.key, error.lost))
+                break
             except FedPrunerError as error:
                 self.note("aggregation", f"{problem}{error}")
             except Exception as error:
@@ -402,6 +410,31 @@ class Coordinator:
         if self.active is None or self.active.name != run:
             raise NotFound(f"run {run!r} is not active here")
         return self.active
+
+    async def readable(self, digest: str) -> Path:
+        """Where an object of the adapter lies, checked, and made again if need be. Raises DamagedError when it can't be."""
+        source = f"object {digest}"
+        try:
+            path = await asyncio.to_thread(self.store.checked, digest)
+        except DamagedError:
+            if self.active is None:
+                raise
+            loop = asyncio.get_running_loop()
+            try:
+                path = await loop.run_in_executor(self._heavy, damage.for_devices, self.active, self.store, digest)
+            except StorageError as error:
+                self.note(source, str(error))
+                raise
+        self.note(source)
+        return path
+
+    def _quarantined(self, digest: str, why: str) -> None:
+        """Enter it in the audit trail; in the thread that found the damage."""
+        entry = audit.Entry(SERVER, "quarantine", f"object {digest}", why)
+        try:
+            self.log.enter(lambda c: audit.append(c, entry))
+        except StorageError as error:
+            logger.error("a damaged object can't be entered in the audit trail: %s", error)
 
     def fetched(self, size: int) -> None:
         """Bytes of adapter objects sent to devices, for the round's account."""

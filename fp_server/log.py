@@ -171,6 +171,10 @@ class EventLog:
 
         await self._database.transact(work)
 
+    def enter(self, also: Also) -> None:
+        """Write what is no event, in a transaction of its own. Raises StorageError. Not for the event loop: it waits."""
+        self._database.run(also)
+
     def runs(self) -> list[str]:
         """All runs' names, oldest first."""
         return self._database.run(
