@@ -25,7 +25,7 @@ from common.errors import (
     TooLate,
     UnreachableError,
 )
-from fp_server import audit, damage
+from fp_server import audit, damage, folding
 from fp_server import events as e
 from fp_server.audit import SERVER
 from fp_server.commands import (
@@ -47,8 +47,8 @@ from fp_server.log import Also, EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
-from fp_server.roundstate import Entry, History
-from fp_server.work import aggregate_round, choose_units, started_config
+from fp_server.roundstate import Entry
+from fp_server.work import aggregate_round, choose_units
 
 logger = logging.getLogger("fp_server")
 
@@ -172,27 +172,12 @@ class Coordinator:
         self._heavy.shutdown(wait=False, cancel_futures=True)
 
     def fold(self, run: str) -> RunMachine:
-        """A run's state from its events. Raises NotFound."""
-        machine: RunMachine | None = None
-        for at, event in self.log.replay(run):
-            if isinstance(event, e.RunStarted):
-                machine = RunMachine(started_config(event, f"run {run}"), event.manifest)
-            if machine is not None:
-                machine.handle(event, at)
-        if machine is None:
-            raise NotFound(f"no run {run!r} here (`fp-server runs` lists them)")
-        return machine
+        """A run's state from its events. Raises NotFound, DamagedError."""
+        return folding.fold(self.log, run)
 
     def past(self, run: str, index: int, count: int) -> list[Entry]:
         """At most `count` ended rounds of a run from the 0-based `index` on, read from the log. For a thread of its own."""
-        _, started = next(self.log.replay(run))
-        assert isinstance(started, e.RunStarted)
-        machine = RunMachine(started_config(started, f"run {run}"), started.manifest, History(count))
-        for at, event in self.log.replay(run, self.log.opened(run, index)):
-            machine.handle(event, at)
-            if machine.history.total == count:
-                break
-        return list(machine.history)
+        return folding.past(self.log, run, index, count)
 
     def run(self, name: str) -> RunMachine:
         """A run by name, or the newest for an empty one. Raises NotFound."""

@@ -6,6 +6,7 @@ hears of it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -42,7 +43,8 @@ class ObjectStore:
     """Objects below `root`/objects, arrivals below `root`/partial, scratch files below `root`/scratch; what is damaged is moved
     to `root`/quarantine."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, reading: bool = False) -> None:
+        """`reading`: make no directory that is not there."""
         self._objects, self.partial, self.scratch = root / "objects", root / "partial", root / "scratch"
         self.quarantine = root / "quarantine"
         self.quarantined: Callable[[str, str], None] = lambda digest, why: None
@@ -50,7 +52,7 @@ class ObjectStore:
         self._changing = threading.Lock()
         self._adoptions: dict[str, int] = {}
         self._count = 0
-        for path in (self._objects, self.partial, self.scratch):
+        for path in () if reading else (self._objects, self.partial, self.scratch):
             path.mkdir(parents=True, exist_ok=True)
 
     def clear_scratch(self) -> None:
@@ -108,6 +110,14 @@ class ObjectStore:
         logger.error("%s; moved to quarantine/%s", why, name)
         self.quarantined(digest, why)
         return f"quarantine/{name}"
+
+    def stored(self) -> dict[str, int]:
+        """Digest -> size of every object that is here."""
+        found: dict[str, int] = {}
+        for path in self._objects.glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found[path.name] = path.stat().st_size
+        return found
 
     def adopt(self, source: Path, digest: str | None = None) -> ObjectRef:
         """Move a finished file into the store; durable when this returns.
