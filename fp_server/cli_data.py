@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,33 @@ def verify(
         raise typer.Exit(DamagedError.exit_code)
 
 
+def backup(
+    target: Annotated[
+        Path, typer.Option("--out", help="What to write: a directory, or an archive when it ends in .tar; must not exist.")
+    ],
+    dir: Directory = HERE,
+    json_: Json = False,
+) -> None:
+    """Copy a data directory, consistent while its server works: log, objects, configuration, certificates and all keys (0600)."""
+    from fp_server.backup import backup as make
+    from fp_server.views import size
+
+    with err.status(Text(f"backing up {dir} to {target}")) as shown:
+        made = make(dir, target, lambda done, total: shown.update(f"copying objects, {done} of {total}"))
+    if made.warning:
+        err.print(f"warning: {made.warning}", highlight=False, soft_wrap=True)
+    if json_:
+        print(json.dumps({**asdict(made), "out": str(made.out)}))  # noqa: T201
+    else:
+        said = f"{made.out}: {made.events} events (head {made.head[:16]}…), {made.objects} objects of {size(made.bytes)}"
+        out.print(
+            f"{said}\nit holds the keys of the server and its CA: keep it where nobody else reads",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command(epilog="Examples: `fp-server verify /srv/fp`, `fp-server verify --json | jq .bad_objects`")(verify)
+    app.command(epilog="Examples: `fp-server backup --dir /srv/fp --out /backup/fp-monday.tar`")(backup)
