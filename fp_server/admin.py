@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from fp_server import operations
 from fp_server.access import Access, Context
 from fp_server.audit import Actor, Row, address
 from fp_server.coordinator import STOPPING, Coordinator
+from fp_server.damage import ledger_path
 from fp_server.identity import Revoked
 from fp_server.roundstate import Entry
 from fp_server.status import LAST, run_summary, status
@@ -186,7 +188,16 @@ class Admin(admin_pb2_grpc.AdminServicer):
                 objects=[types_pb2.UnitObject(layer=layer, ref=serde.ref_to_pb(ref)) for layer, ref in ledger],
             )  # fmt: skip
             with contextlib.ExitStack() as opened:
-                files = [opened.enter_context(store.path(ref.digest).open("rb")) for _, ref in ledger]
+                files = [
+                    opened.enter_context(
+                        (store.path(ref.digest) if store.has(ref.digest) else ledger_path(machine, store, layer)).open("rb")
+                    )
+                    for layer, ref in ledger
+                ]
+                for (layer, ref), file in zip(ledger, files, strict=True):
+                    if (await asyncio.to_thread(hashlib.file_digest, file, "sha256")).hexdigest() != ref.digest:
+                        await asyncio.to_thread(ledger_path, machine, store, layer)
+                    file.seek(0)
                 await context.write(admin_pb2.LedgerPart(head=head))
                 for file in files:
                     while data := await asyncio.to_thread(file.read, CHUNK):

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from common.ending import leave_on_sigterm
 from common.errors import ConfigError, FedPrunerError
-from fp_server import cli_access
+from fp_server import cli_access, cli_data
 from fp_server.cli_common import HERE, Directory, Json, err, out
 
 app = typer.Typer(
@@ -255,6 +255,7 @@ def export(
 
 
 cli_access.register(app)
+cli_data.register(app)
 
 
 def main() -> None:

@@ -12,9 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from common.errors import (
+    DamagedError,
     FedPrunerError,
     InUseError,
     LimitError,
@@ -23,7 +25,9 @@ from common.errors import (
     TooLate,
     UnreachableError,
 )
+from fp_server import audit, damage, folding
 from fp_server import events as e
+from fp_server.audit import SERVER
 from fp_server.commands import (
     Aggregate,
     Choose,
@@ -43,8 +47,8 @@ from fp_server.log import Also, EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.rounds import RunMachine
-from fp_server.roundstate import Entry, History
-from fp_server.work import aggregate_round, choose_units, started_config
+from fp_server.roundstate import Entry
+from fp_server.work import aggregate_round, choose_units
 
 logger = logging.getLogger("fp_server")
 
@@ -107,6 +111,7 @@ class Coordinator:
         self._kept: frozenset[str] = frozenset()
         """The ledgers and adapters of all ended runs."""
         self._bytes_down = 0
+        store.quarantined = self._quarantined
         self.draining = False
         """The server is about to stop: it begins nothing more."""
 
@@ -167,27 +172,12 @@ class Coordinator:
         self._heavy.shutdown(wait=False, cancel_futures=True)
 
     def fold(self, run: str) -> RunMachine:
-        """A run's state from its events. Raises NotFound."""
-        machine: RunMachine | None = None
-        for at, event in self.log.replay(run):
-            if isinstance(event, e.RunStarted):
-                machine = RunMachine(started_config(event, f"run {run}"), event.manifest)
-            if machine is not None:
-                machine.handle(event, at)
-        if machine is None:
-            raise NotFound(f"no run {run!r} here (`fp-server runs` lists them)")
-        return machine
+        """A run's state from its events. Raises NotFound, DamagedError."""
+        return folding.fold(self.log, run)
 
     def past(self, run: str, index: int, count: int) -> list[Entry]:
         """At most `count` ended rounds of a run from the 0-based `index` on, read from the log. For a thread of its own."""
-        _, started = next(self.log.replay(run))
-        assert isinstance(started, e.RunStarted)
-        machine = RunMachine(started_config(started, f"run {run}"), started.manifest, History(count))
-        for at, event in self.log.replay(run, self.log.opened(run, index)):
-            machine.handle(event, at)
-            if machine.history.total == count:
-                break
-        return list(machine.history)
+        return folding.past(self.log, run, index, count)
 
     def run(self, name: str) -> RunMachine:
         """A run by name, or the newest for an empty one. Raises NotFound."""
@@ -351,6 +341,9 @@ class Coordinator:
                 )
             except TooLate:  # the run was stopped meanwhile
                 break
+            except damage.LostUpdates as error:  # the round goes on until they are there again, or by its usual rules
+                await self.insist(e.UpdatesLost(machine.name, command.key, error.lost))
+                break
             except FedPrunerError as error:
                 self.note("aggregation", f"{problem}{error}")
             except Exception as error:
@@ -402,6 +395,31 @@ class Coordinator:
         if self.active is None or self.active.name != run:
             raise NotFound(f"run {run!r} is not active here")
         return self.active
+
+    async def readable(self, digest: str) -> Path:
+        """Where an object of the adapter lies, checked, and made again if need be. Raises DamagedError when it can't be."""
+        source = f"object {digest}"
+        try:
+            path = await asyncio.to_thread(self.store.checked, digest)
+        except DamagedError:
+            if self.active is None:
+                raise
+            loop = asyncio.get_running_loop()
+            try:
+                path = await loop.run_in_executor(self._heavy, damage.for_devices, self.active, self.store, digest)
+            except StorageError as error:
+                self.note(source, str(error))
+                raise
+        self.note(source)
+        return path
+
+    def _quarantined(self, digest: str, why: str) -> None:
+        """Enter it in the audit trail; in the thread that found the damage."""
+        entry = audit.Entry(SERVER, "quarantine", f"object {digest}", why)
+        try:
+            self.log.enter(lambda c: audit.append(c, entry))
+        except StorageError as error:
+            logger.error("a damaged object can't be entered in the audit trail: %s", error)
 
     def fetched(self, size: int) -> None:
         """Bytes of adapter objects sent to devices, for the round's account."""

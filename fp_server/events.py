@@ -113,6 +113,18 @@ class UpdateAccepted:
 
 
 @dataclass(frozen=True)
+class UpdatesLost:
+    """Accepted updates of the round under way are damaged on the server's disk: they count no more and are asked for again.
+
+    `lost`: device -> what is wrong. A round that was closed is open again for these devices alone.
+    """
+
+    run: str
+    key: TaskKey
+    lost: dict[str, str]
+
+
+@dataclass(frozen=True)
 class DeviceDropped:
     """A device is out of this round, and why."""
 
@@ -197,14 +209,14 @@ class RunEnded:
 
 
 Event = (
-    RunStarted | PlanReceived | RoundOpened | ProbeReceived | Assigned | UpdateAccepted | DeviceDropped
-    | RoundClosed | RoundCommitted | RunPaused | RunResumed | RunEnded
+    RunStarted | PlanReceived | RoundOpened | ProbeReceived | Assigned | UpdateAccepted | UpdatesLost
+    | DeviceDropped | RoundClosed | RoundCommitted | RunPaused | RunResumed | RunEnded
 )  # fmt: skip
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
     kind.__name__: TypeAdapter(kind)
     for kind in (
-        RunStarted, PlanReceived, RoundOpened, Assigned, UpdateAccepted, DeviceDropped,
+        RunStarted, PlanReceived, RoundOpened, Assigned, UpdateAccepted, UpdatesLost, DeviceDropped,
         RoundClosed, RoundCommitted, RunPaused, RunResumed, RunEnded,
     )
 }  # fmt: skip

@@ -11,6 +11,7 @@ from common import config as configuration
 from common.errors import ConfigError
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
+from fp_server.damage import ledger_path
 from fp_server.export import export_peft
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
@@ -39,7 +40,7 @@ def open_run(directory: Path, run: str) -> Iterator[tuple[RunMachine, ObjectStor
 def export_run(directory: Path, run: str, out: Path, base: str, rank: int | None) -> str:
     """Export a run (the newest for an empty name); returns a line for a person. `directory`: a server's, or an operator's.
 
-    Raises NotFound for an unknown run or an empty ledger, ConfigError when `out` exists.
+    Raises NotFound for an unknown run or an empty ledger, ConfigError when `out` exists, DamagedError for a damaged ledger.
     """
     if (directory / FILE).exists() and not (directory / "log.sqlite").exists():
         if out.exists():
@@ -47,7 +48,7 @@ def export_run(directory: Path, run: str, out: Path, base: str, rank: int | None
         with tempfile.TemporaryDirectory(prefix="fp-export-") as scratch:
             return _export(Operator(directory).ledger(run, Path(scratch)), out, base, rank)
     with open_run(directory, run) as (machine, store):
-        layers = {layer: store.path(ref.digest) for layer, ref in machine.ledger.items()}
+        layers = {layer: ledger_path(machine, store, layer, reading=True) for layer in machine.ledger}
         found = Ledger(machine.name, machine.config.model.name, machine.history.committed, machine.manifest, layers)
         return _export(found, out, base, rank)
 

@@ -111,11 +111,11 @@ class Database:
 
     def _error(self, error: sqlite3.Error) -> StorageError:
         """What SQLite complains of, and what to do."""
-        if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return chain.damaged(f"{self.path}: {error}")
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN:
-            return StorageError(f"{self.path}: {error}")
-        return StorageError(f"{self.path}: {error}; free some space, nothing was lost")
+        full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        return StorageError(f"{self.path}: {error}" + ("; free some space, nothing was lost" if full else ""))
 
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
@@ -170,6 +170,10 @@ class EventLog:
                 also(c)
 
         await self._database.transact(work)
+
+    def enter(self, also: Also) -> None:
+        """Write what is no event, in a transaction of its own. Raises StorageError. Not for the event loop: it waits."""
+        self._database.run(also)
 
     def runs(self) -> list[str]:
         """All runs' names, oldest first."""

@@ -29,6 +29,9 @@ def tell(event: e.Event) -> None:
             logger.info("device %s gets %s, gradient %s", event.device, " ".join(u.label for u in event.units), event.gradient)
         case e.UpdateAccepted():
             logger.info("device %s: update of %.1f MiB accepted", event.device, event.ref.size / 2**20)
+        case e.UpdatesLost():
+            for device, why in sorted(event.lost.items()):
+                logger.error("the update of %s is lost and asked for again: %s", device, why)
         case e.DeviceDropped():
             logger.warning("device %s is out of round %d: %s", event.device, event.key.round + 1, event.message)
         case e.RoundClosed():

@@ -6,16 +6,21 @@ hears of it.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import logging
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
-from common.errors import DigestError, NotFound, StorageError
+from common.errors import DamagedError, DigestError, NotFound, StorageError
 from common.files import digest_file, disk_full
 from common.types import ObjectRef
+
+logger = logging.getLogger("fp_server")
 
 
 def sync_directory(path: Path) -> None:
@@ -35,14 +40,19 @@ def storage_error(path: Path, error: OSError) -> StorageError:
 
 
 class ObjectStore:
-    """Objects below `root`/objects, arrivals below `root`/partial, scratch files below `root`/scratch."""
+    """Objects below `root`/objects, arrivals below `root`/partial, scratch files below `root`/scratch; what is damaged is moved
+    to `root`/quarantine."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, reading: bool = False) -> None:
+        """`reading`: make no directory that is not there."""
         self._objects, self.partial, self.scratch = root / "objects", root / "partial", root / "scratch"
+        self.quarantine = root / "quarantine"
+        self.quarantined: Callable[[str, str], None] = lambda digest, why: None
+        """Told of every object that is moved to quarantine, in the thread that found it."""
         self._changing = threading.Lock()
         self._adoptions: dict[str, int] = {}
         self._count = 0
-        for path in (self._objects, self.partial, self.scratch):
+        for path in () if reading else (self._objects, self.partial, self.scratch):
             path.mkdir(parents=True, exist_ok=True)
 
     def clear_scratch(self) -> None:
@@ -60,6 +70,54 @@ class ObjectStore:
     def has(self, digest: str) -> bool:
         """Whether the object is here."""
         return (self._objects / digest[:2] / digest).exists()
+
+    def sound(self, digest: str) -> Path:
+        """Where an object lies, whose bytes have just been read and have its digest. Raises DamagedError when they have not, or
+        it is missing."""
+        path = self._objects / digest[:2] / digest
+        try:
+            if digest_file(path) == digest:
+                return path
+        except FileNotFoundError:
+            raise DamagedError(f"object {digest[:16]}… is missing") from None
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise storage_error(path, error) from None
+            raise DamagedError(f"object {digest[:16]}… can't be read: {error.strerror}") from None
+        raise DamagedError(f"the bytes of object {digest[:16]}… are not what was written")
+
+    def checked(self, digest: str) -> Path:
+        """`sound`, for the one server of the directory: a damaged object is in quarantine when this raises."""
+        try:
+            return self.sound(digest)
+        except DamagedError as error:
+            with self._changing:
+                if self.has(digest):
+                    raise DamagedError(f"{error}; moved to {self._isolate(digest, str(error))}") from None
+            raise
+
+    def _isolate(self, digest: str, why: str) -> str:
+        """Move a damaged object out of the way; where to, seen from the directory."""
+        path = self._objects / digest[:2] / digest
+        try:
+            self.quarantine.mkdir(exist_ok=True)
+            taken = {other.name for other in self.quarantine.iterdir()}
+            name = next(n for n in (digest, *(f"{digest}.{i}" for i in range(1, len(taken) + 2))) if n not in taken)
+            path.replace(self.quarantine / name)
+            sync_directory(path.parent)
+        except OSError as error:
+            raise storage_error(path, error) from None
+        logger.error("%s; moved to quarantine/%s", why, name)
+        self.quarantined(digest, why)
+        return f"quarantine/{name}"
+
+    def stored(self) -> dict[str, int]:
+        """Digest -> size of every object that is here."""
+        found: dict[str, int] = {}
+        for path in self._objects.glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                found[path.name] = path.stat().st_size
+        return found
 
     def adopt(self, source: Path, digest: str | None = None) -> ObjectRef:
         """Move a finished file into the store; durable when this returns.
@@ -104,6 +162,8 @@ class ObjectStore:
         try:
             size = source.stat().st_size
             target = self._objects / digest[:2] / digest
+            if target.exists() and digest_file(target) != digest:
+                self._isolate(digest, f"the bytes of object {digest[:16]}… are not what was written")
             if target.exists():
                 sync_directory(target.parent)  # whoever moved it there may have been killed before this
                 source.unlink()
@@ -122,7 +182,11 @@ class ObjectStore:
 
     def chunks(self, digest: str, offset: int, size: int) -> Iterator[bytes]:
         """An object's bytes from `offset` on, `size` at a time."""
-        with self.path(digest).open("rb") as file:
+        try:
+            file = self.path(digest).open("rb")
+        except FileNotFoundError:  # removed in this moment
+            raise NotFound(f"object {digest[:16]}… is not in the store any more") from None
+        with file:
             file.seek(offset)
             while chunk := file.read(size):
                 yield chunk

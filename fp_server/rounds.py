@@ -179,6 +179,8 @@ class RunMachine:
                     member.dropped, member.stage = happening, Stage.DROPPED
                     self._cancel(happening.device, happening.key, happening.message, out)
                     self._ask(happening.device, out)
+            case e.UpdatesLost():
+                self._on_lost(happening, now, out)
             case e.RoundClosed():
                 self._on_closed(happening, now, out)
             case e.RoundCommitted():
@@ -244,6 +246,19 @@ class RunMachine:
         else:
             self.attempt, self.failures = self.attempt + 1, self.failures + 1
         self.current = None
+
+    def _on_lost(self, event: e.UpdatesLost, now: float, out: list[Command]) -> None:
+        if self.current is None or self.current.opened.key != event.key:
+            return
+        closed, self.current.closed = self.current.closed, None
+        for device, member in self.current.members.items():
+            if closed is not None and not member.settled:  # these were told that the round is over
+                member.dropped = e.DeviceDropped(self.name, event.key, device, TooLate.__name__, closed.reason)
+                member.stage = Stage.DROPPED
+            if device in event.lost and member.accepted is not None:
+                member.accepted, member.stage, member.progress_at = None, Stage.TRAINING, now
+                member.reached.clear()
+                self._send_task(device, out)
 
     def _on_committed(self, event: e.RoundCommitted, now: float) -> None:
         assert self.current is not None

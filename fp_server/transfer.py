@@ -52,7 +52,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             machine = self._coordinator.active
             if machine is None or request.digest not in machine.may_fetch(peer.name):
                 raise NotFound(f"object {request.digest[:16]!r}… is not part of this device's current task")
-            size = (await asyncio.to_thread(self._coordinator.store.path(request.digest).stat)).st_size
+            size = (await self._coordinator.readable(request.digest)).stat().st_size
             if request.offset > size:
                 raise ProtocolError(f"object {request.digest[:16]}… has {size} bytes; there is no byte {request.offset}")
             chunks = self._coordinator.store.chunks(request.digest, request.offset, CHUNK)

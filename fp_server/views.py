@@ -237,3 +237,43 @@ def audit_table(rows: Iterable[Row]) -> RenderableType:
         words = (at, name, what.action, what.object, what.outcome, who.address or "–")
         table.add_row(*(plain(word, "" if what.outcome == OK else "red") for word in words))
     return table if table.row_count else Text("nothing in the audit trail for that time")
+
+
+def verdict_view(found: dict[str, Any]) -> RenderableType:
+    """What `fp-server verify` found, from the JSON that scripts get."""
+    table = Table("what", "", "found", show_lines=False)
+
+    def row(what: str, good: bool | None, said: str) -> None:
+        mark = (
+            Text("–", style="dim") if good is None else Text("ok", style="green") if good else Text("damaged", style="bold red")
+        )
+        table.add_row(plain(what), mark, plain(said))
+
+    if not found["problems"]:
+        row(
+            "event log",
+            True,
+            f"{found['events']} events, each follows from the one before; head {found['head'][:16] or '(none)'}…",
+        )
+        row("audit trail", True, f"{found['audit_entries']} entries, each follows from the one before")
+    for problem in found["problems"]:
+        row("problem", False, problem)
+    for run, state in found["runs"].items():
+        row(f"run {run}", True, state)
+    good = found["objects"] - len(found["bad_objects"])
+    row(
+        "objects needed",
+        not found["bad_objects"],
+        f"{good} of {found['objects']} are there and sound, {size(found['object_bytes'])}",
+    )
+    for bad in found["bad_objects"]:
+        row(bad["digest"][:16] + "…", False, f"{', '.join(bad['uses'])}: {bad['problem']}; {bad['advice']}")
+    for what, files, said in (
+        ("orphans", found["orphans"], "nothing refers to; a server removes them when it starts"),
+        ("leftovers", found["leftovers"], "of what is under way, or was interrupted"),
+        ("quarantine", found["quarantine"], "damaged; nothing uses them"),
+    ):
+        row(what, None, f"{len(files)} files, {size(sum(files.values()))}, {said}" if files else "none")
+    for note in found["notes"]:
+        row("note", None, note)
+    return table

@@ -17,10 +17,11 @@ from common.blocks import block_names, key
 from common.config import check, parse
 from common.errors import BudgetError, TooLate
 from common.tensorfile import TensorFile
-from common.types import Gradient, ModelManifest, Part, TaskKey, UnitId, unit_modules
+from common.types import Gradient, ModelManifest, Part, Start, TaskKey, UnitId, unit_modules
 from fp_server import events as e
 from fp_server.capacity import byte_limit, refusal
 from fp_server.config import RunConfig
+from fp_server.damage import broadcast_path, check_updates, ledger_path
 from fp_server.ledger import Contribution, aggregate_layer, broadcast_layer
 from fp_server.methods import METHODS, PlanInputs
 from fp_server.objects import ObjectStore, storage_error
@@ -95,12 +96,13 @@ def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, byte
     """Stack a closed round's accepted updates, layer by layer, one module at a time (Eq. 5).
 
     Holders, weights and `min_holders` are a unit's: in component mode a layer's attention modules may have other
-    holders than its feed-forward modules. Raises StorageError (disk full, damaged object); then nothing has changed
-    and it can be tried again. Raises TooLate when the run was stopped.
+    holders than its feed-forward modules. Raises StorageError (disk full), or DamagedError (a ledger object); then nothing
+    has changed and it can be tried again. Raises LostUpdates for damaged updates, TooLate when the run was stopped.
     """
     current = _current(machine, task)
     config, manifest = machine.config, machine.manifest
     accepted = {d: m.accepted for d, m in sorted(current.members.items()) if m.accepted is not None}
+    check_updates(store, accepted)
     commits: list[e.UnitCommit] = []
     held_back: list[UnitId] = []
     for layer, touched in _holders(current).items():
@@ -109,14 +111,13 @@ def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, byte
         if not used:
             continue
         contributions = _contributions(machine, current, store, used)
-        ledger, broadcast = machine.ledger.get(layer), machine.broadcast.get(layer)
+        previous = ledger_path(machine, store, layer) if layer in machine.ledger else None
+        continued = config.lora.start is Start.GLOBAL and layer in machine.broadcast
+        given = broadcast_path(machine, store, layer) if continued else None
         scratch = _Scratch(store)
         try:
             out = scratch.file()
-            aggregate_layer(
-                layer, manifest, contributions, store.path(ledger.digest) if ledger else None, out,
-                config.lora.start, store.path(broadcast.digest) if broadcast else None,
-            )  # fmt: skip
+            aggregate_layer(layer, manifest, contributions, previous, out, config.lora.start, given)
             new_ledger = store.adopt(out)
             out = scratch.file()
             dropped = broadcast_layer(store.path(new_ledger.digest), layer, manifest, config.lora.broadcast_rank, out)

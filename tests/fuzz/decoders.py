@@ -327,7 +327,7 @@ def pipe_seeds() -> list[bytes]:
 
 EVENT_KINDS = (
     "RunStarted", "PlanReceived", "RoundOpened", "ProbeReceived", "Assigned", "UpdateAccepted", "DeviceDropped", "RoundClosed",
-    "RoundCommitted", "RunPaused", "RunResumed", "RunEnded", "Nonsense",
+    "RoundCommitted", "RunPaused", "RunResumed", "RunEnded", "Nonsense", "UpdatesLost",
 )  # fmt: skip
 
 
@@ -350,6 +350,7 @@ def event_seeds() -> list[bytes]:
         e.ProbeReceived("r", KEY, "a", report.similarity, report.in_out, 2.0, 5, 6, 7.0),
         e.Assigned("r", KEY, "a", UNITS, ASSIGNMENT.groups, ASSIGNMENT.probabilities, 0, 0, 1, True),
         e.UpdateAccepted("r", KEY, "a", REF, METRICS),
+        e.UpdatesLost("r", KEY, {"a": "why"}),
         e.DeviceDropped("r", KEY, "a", "X", "why"),
         e.RoundClosed("r", KEY, True, "why"),
         e.RoundCommitted("r", KEY, (e.UnitCommit(1, REF, REF, ("a",), 0.1),), (2,), {"a": 5}, 1, 2),

@@ -52,6 +52,7 @@ ALL = [
     e.UpdateAccepted("r", KEY, "d", REF, UpdateMetrics(3.0, 2.0, 0.1, 2**40, 1, 0.3)),
     e.UpdateAccepted("r", KEY, "d", REF, UpdateMetrics(3.0, 2.0, 0.1, 1, 1, 0.3, 1.5, 1.25, -0.125, (0.5, -1.0))),
     e.DeviceDropped("r", KEY, "d", "WorkerError", "it 'broke' [bold]"),
+    e.UpdatesLost("r", KEY, {"d": "its bytes are not what was written"}),
     e.RoundClosed("r", KEY, False, "why"),
     e.RoundCommitted("r", KEY, (e.UnitCommit(1, REF, REF, ("a", "b"), 0.25),), (4,), {"a": 10**12}, 1, 2),
     e.RoundCommitted(

@@ -1,0 +1,69 @@
+"""The commands of `fp-server` about a whole data directory: check it, back it up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from common.errors import DamagedError
+from fp_server.cli_common import HERE, Directory, Json, err, out
+
+
+def verify(
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="The directory; the one of --dir if left out.")] = None,
+    dir: Directory = HERE,
+    json_: Json = False,
+) -> None:
+    """Check a whole data directory: the log, the audit trail, every object they need. Changes nothing; the server may run.
+
+    Exits with 11 when something is damaged or missing.
+    """
+    from fp_server.verify import verify as check
+    from fp_server.views import verdict_view
+
+    place = directory or dir
+    with err.status(Text(f"reading {place}")) as shown:
+        verdict = check(place, lambda done, total: shown.update(f"reading objects, {done} of {total}"))
+    if json_:
+        print(json.dumps(verdict.json(), indent=1))  # noqa: T201
+    else:
+        out.print(verdict_view(verdict.json()))
+    if verdict.damaged:
+        raise typer.Exit(DamagedError.exit_code)
+
+
+def backup(
+    target: Annotated[
+        Path, typer.Option("--out", help="What to write: a directory, or an archive when it ends in .tar; must not exist.")
+    ],
+    dir: Directory = HERE,
+    json_: Json = False,
+) -> None:
+    """Copy a data directory, consistent while its server works: log, objects, configuration, certificates and all keys (0600)."""
+    from fp_server.backup import backup as make
+    from fp_server.views import size
+
+    with err.status(Text(f"backing up {dir} to {target}")) as shown:
+        made = make(dir, target, lambda done, total: shown.update(f"copying objects, {done} of {total}"))
+    if made.warning:
+        err.print(f"warning: {made.warning}", highlight=False, soft_wrap=True)
+    if json_:
+        print(json.dumps({**asdict(made), "out": str(made.out)}))  # noqa: T201
+    else:
+        said = f"{made.out}: {made.events} events (head {made.head[:16]}…), {made.objects} objects of {size(made.bytes)}"
+        out.print(
+            f"{said}\nit holds the keys of the server and its CA: keep it where nobody else reads",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(epilog="Examples: `fp-server verify /srv/fp`, `fp-server verify --json | jq .bad_objects`")(verify)
+    app.command(epilog="Examples: `fp-server backup --dir /srv/fp --out /backup/fp-monday.tar`")(backup)

@@ -1,0 +1,207 @@
+"""`fp-server backup` while the server works: what is copied is sound, and a run goes on from it elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from server_side import Device, Server, run_toml, whole_run
+from test_damage import flip
+from test_verify import tool
+
+from common.errors import ConfigError, DamagedError, StorageError
+from fp_server import audit
+from fp_server import backup as backing
+from fp_server.backup import backup
+from fp_server.log import Database
+from fp_server.verify import verify
+
+TOML = run_toml("global", final_evaluation=False)
+
+
+def restored(backup_: Path, to: Path, original: Server) -> Server:
+    """A server on what was restored from a backup, with the original's address and devices."""
+    if backup_.suffix == ".tar":
+        to.mkdir(mode=0o700)
+        subprocess.run(["tar", "-xf", str(backup_), "-C", str(to)], check=True)
+    else:
+        subprocess.run(["cp", "-a", str(backup_), str(to)], check=True)
+    server = Server.__new__(Server)
+    server.directory, server.port, server.process = to, original.port, None
+    server.devices.symlink_to(original.devices)
+    return server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[int, str]:
+    server = Server(tmp_path_factory.mktemp("calm") / "server")
+    server.start()
+    try:
+        asyncio.run(whole_run(server, [Device(server, "alice"), Device(server, "bob")], TOML))
+        assert server.stop() == 0
+    finally:
+        if server.process is not None:
+            server.kill()
+    return server.ledger()
+
+
+@pytest.mark.parametrize("name", ["backup", "backup.tar"])
+def test_a_backup_in_mid_round_is_sound_and_the_run_ends_from_it_elsewhere(server, undisturbed, tmp_path, name):
+    """Round 2, alice has delivered, bob is half through his push. Then the original is gone."""
+    out, servers = tmp_path / name, [server]
+
+    async def disaster() -> None:
+        await server.until(lambda s: s["current"]["devices"]["alice"]["stage"] == "done")
+        said = await asyncio.to_thread(tool, "backup", "--dir", str(server.directory), "--out", str(out), "--json")
+        assert said.returncode == 0, said.stderr
+        assert json.loads(said.stdout)["objects"] > 3
+        server.kill()
+        shutil.rmtree(server.directory / "objects")
+        other = restored(out, tmp_path / "elsewhere" / "server", server)
+        servers.append(other)
+        found = await asyncio.to_thread(verify, other.directory)
+        assert not found.damaged and not found.orphans and not found.leftovers and found.runs["toy-run"].startswith("round, 1")
+        assert {(other.directory / key).stat().st_mode & 0o777 for key in ("ca.key", "server.key", "operator.key")} == {0o600}
+        await asyncio.to_thread(other.start)
+
+    (tmp_path / "elsewhere").mkdir()
+    alice, bob = Device(server, "alice"), Device(server, "bob", chunk=64)
+
+    half = asyncio.Event()
+
+    async def stand_still() -> None:  # until the server is gone, and the push with it
+        half.set()
+        await asyncio.Event().wait()
+
+    async def second_round() -> None:
+        bob.hooks["pushing"] = stand_still
+
+    bob.hooks["accepted"] = second_round
+
+    async def main():
+        await server.begin(TOML)
+        async with asyncio.timeout(90):
+            living = asyncio.gather(alice.live(), bob.live())
+            await half.wait()
+            await disaster()
+            await living
+        return await servers[-1].status()
+
+    try:
+        status = asyncio.run(main())
+        assert status["state"] == "finished" and status["rounds_done"] == 2
+        assert servers[1].stop() == 0
+        assert servers[1].ledger() == undisturbed
+    finally:
+        server.process = None
+        if len(servers) > 1 and servers[1].process is not None:
+            servers[1].kill()
+
+
+def test_backups_under_load_are_all_sound(server, tmp_path):
+    """Rounds are committed and objects removed while they are copied."""
+    outs: list[Path] = []
+
+    async def main():
+        devices = [Device(server, "alice"), Device(server, "bob")]
+        running = asyncio.create_task(whole_run(server, devices, run_toml("global", rounds=15, final_evaluation=False), 120))
+        while not running.done():
+            outs.append(tmp_path / (f"b{len(outs)}" + (".tar" if len(outs) % 2 else "")))
+            await asyncio.to_thread(backup, server.directory, outs[-1])
+        return await running
+
+    assert asyncio.run(main())["state"] == "finished"
+    assert len(outs) > 3
+    rounds = set()
+    for index, out in enumerate(outs):
+        found = verify(restored(out, tmp_path / f"r{index}", server).directory)
+        assert not found.damaged and not found.orphans, found
+        rounds.update(found.runs.values())
+    assert len(rounds) > 2, "they are of different moments"
+    database = Database(server.directory / "log.sqlite", reading=True)
+    try:
+        assert [row.entry.action for row in audit.read(database)].count("backup") == len(outs)
+    finally:
+        database.close()
+
+
+@pytest.fixture
+def stopped(server) -> Server:
+    """A server with a finished run, stopped."""
+    asyncio.run(whole_run(server, [Device(server, "alice"), Device(server, "bob")], TOML))
+    assert server.stop() == 0
+    return server
+
+
+def nothing_left(directory: Path, *but: str) -> bool:
+    return sorted(path.name for path in directory.iterdir()) == sorted(but)
+
+
+def test_nothing_is_replaced_and_nothing_half_made_is_left(stopped, tmp_path, monkeypatch):
+    place = tmp_path / "backups"
+    place.mkdir()
+    (place / "there").mkdir()
+    for out, said in ((place / "there", "exists already"), (stopped.directory / "inside", "lies in the directory")):
+        with pytest.raises(ConfigError, match=said):
+            backup(stopped.directory, out)
+    refused = tool("backup", "--dir", str(stopped.directory), "--out", str(place / "there"))
+    assert refused.returncode == 2 and "exists already" in refused.stderr
+    with pytest.raises(ConfigError, match="not a server directory"):
+        backup(tmp_path, place / "new")
+    path = next((stopped.directory / "objects").glob("??/*"))
+    flip(path)
+    for name in ("new", "new.tar"):
+        with pytest.raises(DamagedError, match=f"{path.name} are not what was written; see `fp-server verify"):
+            backup(stopped.directory, place / name)
+    path.unlink()
+    with pytest.raises(DamagedError, match="is missing; see `fp-server verify"):
+        backup(stopped.directory, place / "new")
+    assert nothing_left(place, "there")
+
+
+def test_a_full_disk_leaves_nothing_and_says_so(stopped, tmp_path, monkeypatch):
+    place = tmp_path / "backups"
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    for name in ("new", "new.tar"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(StorageError, match="no space left on the device"):
+                backup(stopped.directory, place / name)
+        assert nothing_left(place)
+        backup(stopped.directory, place / name)
+        (shutil.rmtree if name == "new" else os.unlink)(place / name)
+
+
+def test_an_object_the_server_removed_meanwhile_leads_to_a_newer_log(stopped, tmp_path, monkeypatch):
+    tries = []
+    copy_log = backing._copy_log
+
+    def once_late(directory, copy):
+        log, objects, living = copy_log(directory, copy)
+        tries.append(copy)
+        return (log, objects, ["0" * 64]) if len(tries) == 1 else (log, objects, living)
+
+    monkeypatch.setattr(backing, "_copy_log", once_late)
+    assert backup(stopped.directory, tmp_path / "new").objects > 0 and len(tries) == 2
+    assert not verify(tmp_path / "new").damaged
+
+
+def test_an_archive_holds_what_a_directory_holds(stopped, tmp_path):
+    backup(stopped.directory, tmp_path / "new")
+    backup(stopped.directory, tmp_path / "new.tar")
+    assert (tmp_path / "new.tar").stat().st_mode & 0o777 == 0o600 and (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    names = {str(path.relative_to(tmp_path / "new")): path for path in (tmp_path / "new").rglob("*") if path.is_file()}
+    with tarfile.open(tmp_path / "new.tar") as tar:
+        assert set(tar.getnames()) == set(names)
+        assert {member.name: member.mode for member in tar} == {n: p.stat().st_mode & 0o777 for n, p in names.items()}
+        for name, path in names.items():
+            assert name == "log.sqlite" or tar.extractfile(name).read() == path.read_bytes()
