@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from common.blocks import read_blocks, write_blocks
 from common.errors import ConfigError, DataError
+from common.types import LoraBlock
 from fp_lab import cli
-from fp_lab.experiment import DataSection, Experiment, load_experiment, run_of, to_toml
+from fp_lab.attacks import spoil
+from fp_lab.experiment import DataSection, Experiment, Row, load_experiment, run_of, to_toml
 from fp_lab.partition import device_names, prepare
 from fp_lab.report import collect, default_rounds, draw, markdown
 from fp_lab.runner import FILE, places
@@ -48,12 +52,26 @@ def load(tmp_path: Path, text: str) -> Experiment:
         (SMALL.replace('"b"', '"a"'), "two rows are called 'a'"),
         (SMALL + "train.step_seconds = 2.5\n", r"row 'b': train\.step_seconds: .* leave it out"),
         (SMALL + 'budget = "much"\n', "not a size"),
+        (SMALL + "attackers = 21\n", "row 'b': attackers: 21, and there are 20 devices"),
+        (SMALL + "attackers = 2\nstrength = 0.0\n", "strength"),
+        (SMALL + 'attackers = 2\nlora.start = "global"\n', "would need twice the rank"),
         ('name = "x"\nmodel = "m"\n', "row: missing"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load(tmp_path, text)
+
+
+@pytest.mark.parametrize(("attack", "factor"), [("sign-flip", -3.0), ("scale", 3.0)])
+def test_an_attack_changes_the_product_and_nothing_else(tmp_path: Path, attack: str, factor: float) -> None:
+    rng = np.random.default_rng(0)
+    block = LoraBlock(3, "q_proj", rng.standard_normal((2, 5), np.float32), rng.standard_normal((4, 2), np.float32))
+    write_blocks(tmp_path / "update", [block])
+    spoil(tmp_path / "update", Row.model_validate({"name": "x", "attackers": 1, "attack": attack, "strength": 3.0}))
+    (found,) = read_blocks(tmp_path / "update")
+    assert (found.layer, found.module) == (3, "q_proj")
+    np.testing.assert_allclose(found.b @ found.a, factor * block.b @ block.a, rtol=1e-5)
 
 
 def test_rows_override_the_experiment_key_by_key(tmp_path: Path) -> None:
