@@ -5,8 +5,8 @@ compared over what two of them share, and combined over all of it:
 
 - **Size.** ‖D_n‖ of a module against the median of the other devices' (same module, whichever layers they hold).
 - **Direction.** cos(D_n, D_m) of every module that n shares with a device m. LoRA's random A makes the cosines of honest
-  devices small, but not negative; a device is out when its mean cosine with the others is negative beyond chance, the
-  others agree among themselves, and it disagrees at least half as much as they agree, with most of them.
+  devices small, but not negative; a device is out when its mean cosine with the others is negative beyond chance, they
+  agree among themselves, and it disagrees at least a quarter as much, with most of them.
 
 Every device has one voice, whatever its weight in Eq. 5. A device that shares modules with fewer than two others is never
 found out by direction: of two that disagree, nobody can tell which one is wrong. At most a minority is ever rejected.
@@ -16,9 +16,8 @@ Pure: arrays in, findings out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +27,10 @@ from fp_server.products import Float64
 
 LEVEL = 1e-3
 """How likely a mean cosine as negative as this may be by chance (one-sided t test over the shared modules)."""
-SHARE = 0.5
-"""A device must disagree with the others at least this much as strongly as they agree among themselves."""
+SHARE = 0.25
+"""A device must disagree with the others at least this part as strongly as they agree among themselves."""
+CHANGES = 10
+"""Changes of camp a device, at most."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,27 @@ class Score:
 def judge(modules: Sequence[Shared], max_ratio: float) -> tuple[dict[str, Score], dict[str, str]]:
     """Device -> score, with everybody counted; device -> why it is an outlier, in the order they were found.
 
-    `max_ratio`: how many times the others' median a module may move. The largest is taken out first, then the one most
-    against the others, the rest compared anew each time.
+    `max_ratio`: how many times the others' median a module may move. What moved too far is taken out first, the furthest
+    first. Then whoever agrees least with the rest is put aside, as long as somebody's mean cosine is negative; and each of
+    these is held against those that remained, so that several who turned their update round don't hide one another.
     """
     panel = _Panel(modules)
     scores = panel.scores()
     outliers: dict[str, str] = {}
     most = (len(panel.devices) - 1) // 2
-    looks: tuple[Callable[[], tuple[int, str] | None], ...] = (partial(panel.largest, max_ratio), panel.most_against)
-    for look in looks:
-        while len(outliers) < most and (found := look()) is not None:
-            device, reason = found
+    while len(outliers) < most and (found := panel.largest(max_ratio)) is not None:
+        outliers[panel.devices[found[0]]] = found[1]
+        panel.active[found[0]] = False
+    aside = panel.minority()
+    panel.active[aside] = False
+    for device in aside:
+        if len(outliers) < most and (reason := panel.against(device)):
             outliers[panel.devices[device]] = reason
-            panel.active[device] = False
     return scores, outliers
 
 
 class _Panel:
-    """The devices of a round as arrays; NaN where a device does not hold a module, or did nothing to it."""
+    """The devices of a round as arrays. A device that did nothing to a module has no direction there."""
 
     def __init__(self, modules: Sequence[Shared]) -> None:
         self.devices = sorted({device for module in modules for device in module.devices})
@@ -86,16 +90,17 @@ class _Panel:
         count, place = len(self.devices), {device: index for index, device in enumerate(self.devices)}
         self.active: npt.NDArray[np.bool_] = np.ones(count, dtype=np.bool_)
         self.norms = np.full((len(modules), count), np.nan)
-        self.cosines = np.full((len(modules), count, count), np.nan)
+        self._cosines = np.zeros((len(modules), count, count))
+        self._known = np.zeros((len(modules), count, count), dtype=np.bool_)
         for k, module in enumerate(modules):
             at = np.array([place[device] for device in module.devices])
             norms = np.sqrt(np.maximum(np.diag(module.inner), 0.0))
             self.norms[k, at] = norms
             moved = norms > 0
             at, norms, inner = at[moved], norms[moved], module.inner[np.ix_(moved, moved)]
-            self.cosines[k][np.ix_(at, at)] = inner / norms[:, None] / norms
-        diagonal = np.arange(count)
-        self.cosines[:, diagonal, diagonal] = np.nan
+            self._cosines[k][np.ix_(at, at)] = inner / norms[:, None] / norms
+            self._known[k][np.ix_(at, at)] = True
+        self._known &= ~np.eye(count, dtype=np.bool_)
 
     # -- size ------------------------------------------------------------------------------------
 
@@ -127,64 +132,71 @@ class _Panel:
 
     # -- direction -------------------------------------------------------------------------------
 
-    def _agreements(self, active: npt.NDArray[np.bool_]) -> Float64:
-        """(K, n): mean cosine with the other active holders of a module; NaN where there is none."""
-        cosines = np.where(active[:, None] & active, self.cosines, np.nan)
-        known = ~np.isnan(cosines)
+    def _agreements(self) -> Float64:
+        """(K, n): every device's mean cosine with the other active holders of a module; NaN where there is none."""
+        known = self._known & self.active
         counts = known.sum(axis=2)
-        sums = np.where(known, cosines, 0.0).sum(axis=2)
-        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+        return np.where(counts > 0, np.where(known, self._cosines, 0.0).sum(axis=2) / np.maximum(counts, 1), np.nan)
 
     def _pairs(self) -> Float64:
-        """(n, n): mean cosine of two active devices over the modules they share; NaN where they share none."""
-        cosines = np.where(self.active[:, None] & self.active, self.cosines, np.nan)
-        known = ~np.isnan(cosines)
+        """(n, n): every device's mean cosine with an active one over the modules they share; NaN where they share none."""
+        known = self._known & self.active
         counts = known.sum(axis=0)
-        return np.where(counts > 0, np.where(known, cosines, 0.0).sum(axis=0) / np.maximum(counts, 1), np.nan)
+        return np.where(counts > 0, np.where(known, self._cosines, 0.0).sum(axis=0) / np.maximum(counts, 1), np.nan)
 
-    def most_against(self) -> tuple[int, str] | None:
-        """The device that agrees least with the others, if it is out by every test, and what to say of it."""
-        agreements, pairs = self._agreements(self.active), self._pairs()
-        worst: tuple[float, int, str] | None = None
-        for n in np.flatnonzero(self.active).tolist():
-            each = agreements[:, n][~np.isnan(agreements[:, n])]
-            others = int((~np.isnan(pairs[n])).sum())
-            against = int((pairs[n] < 0).sum())
-            if others < 2 or 2 * against <= others or _chance(each) >= LEVEL:
-                continue
-            mine, theirs = float(each.mean()), self._without(n)
-            if theirs <= 0 or mine > -SHARE * theirs or (worst is not None and worst[0] <= mine):
-                continue
-            reason = (
-                f"points against the others: mean cosine {mine:+.4f} over {len(each)} shared modules, negative with {against} of "
-                f"{others} devices, which have {theirs:+.4f} among themselves (median)"
-            )
-            worst = (mine, n, reason)
-        return None if worst is None else worst[1:]
+    def _means(self) -> Float64:
+        """(n,): every device's mean over its modules of `_agreements`; NaN when it shares none with an active one."""
+        agreements = self._agreements()
+        return np.array([float(each.mean()) if len(each := _known(column)) else np.nan for column in agreements.T])
 
-    def _without(self, left_out: int) -> float:
-        """The median of the other devices' mean cosines among themselves; -1 when they share nothing."""
-        active = self.active.copy()
-        active[left_out] = False
-        agreements = self._agreements(active)
-        means = [float(each.mean()) for n in np.flatnonzero(active) if len(each := agreements[:, n][~np.isnan(agreements[:, n])])]
-        return float(np.median(means)) if means else -1.0
+    def minority(self) -> list[int]:
+        """The smaller of two camps: those whose members agree most with each other and least across, summed over all modules.
+
+        Everybody begins in one camp; who disagrees most with his own and agrees most with the other changes over, until nobody
+        would. So two wrong ones don't make a right one look wrong. Of two camps of one size neither is the smaller.
+        """
+        sums = np.where(self._known, self._cosines, 0.0).sum(axis=0)
+        camp = np.where(self.active, 1.0, 0.0)
+        for _ in range(CHANGES * len(camp)):  # the sum of agreements grows with every change; this only bounds rounding
+            pull = camp * (sums @ camp)
+            if not len(pull) or float(pull.min()) >= 0:
+                break
+            camp[int(pull.argmin())] *= -1
+        first, second = np.flatnonzero(camp > 0).tolist(), np.flatnonzero(camp < 0).tolist()
+        return [] if len(first) == len(second) else min(first, second, key=len)
+
+    def against(self, device: int) -> str:
+        """Why a device that was put aside is an outlier to the active ones; empty when it is none."""
+        each, pairs = _known(self._agreements()[:, device]), _known(self._pairs()[device])
+        against = int((pairs < 0).sum())
+        theirs = _median(np.where(self.active, self._means(), np.nan))
+        if len(pairs) < 2 or 2 * against <= len(pairs) or _chance(each) >= LEVEL:
+            return ""
+        mine = float(each.mean())
+        if not theirs > 0 or mine > -SHARE * theirs:
+            return ""
+        return (
+            f"points against the others: mean cosine {mine:+.4f} over {len(each)} shared modules, negative with {against} of "
+            f"{len(pairs)} devices, which have {theirs:+.4f} among themselves (median)"
+        )
 
     def scores(self) -> dict[str, Score]:
         """Every device's, as things stand."""
-        agreements, pairs, ratios = self._agreements(self.active), self._pairs(), self._ratios()
+        means, pairs, ratios = self._means(), self._pairs(), self._ratios()
         found: dict[str, Score] = {}
         for n, device in enumerate(self.devices):
-            each, sizes = (rows[:, n][~np.isnan(rows[:, n])] for rows in (agreements, ratios))
-            found[device] = Score(
-                int((~np.isnan(pairs[n])).sum()), int((pairs[n] < 0).sum()), float(each.mean()) if len(each) else None,
-                float(sizes.max()) if len(sizes) else None,
-            )  # fmt: skip
+            mine, sizes = _known(pairs[n]), _known(ratios[:, n])
+            agreement = float(means[n]) if len(mine) else None
+            found[device] = Score(len(mine), int((mine < 0).sum()), agreement, float(sizes.max()) if len(sizes) else None)
         return found
 
 
+def _known(values: Float64) -> Float64:
+    return values[~np.isnan(values)]
+
+
 def _median(values: Float64) -> float:
-    known = values[~np.isnan(values)]
+    known = _known(values)
     return float(np.median(known)) if len(known) else float("nan")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,21 @@ def pair(dense: Dense, one: str, other: str) -> float | None:
     return mean(both) if both else None
 
 
+def smaller_camp(dense: Dense, devices: Sequence[str]) -> list[str]:
+    """Of all ways to part the devices in two, the one with the most agreement within and the least across."""
+    pairs = {
+        (one, other): sum(cosine(dense[one][key], dense[other][key]) for key in dense[one] if key in dense[other])
+        for one, other in itertools.combinations(devices, 2)
+    }
+    best, camp = -math.inf, ()
+    for size in range((len(devices) + 1) // 2):
+        for chosen in itertools.combinations(devices, size):
+            value = sum(sum_ if (one in chosen) == (other in chosen) else -sum_ for (one, other), sum_ in pairs.items())
+            if value > best + 1e-12:
+                best, camp = value, chosen
+    return list(camp)
+
+
 def twin(dense: Dense, max_ratio: float) -> tuple[dict[str, Score], dict[str, str]]:
     """Scores, and what was found: device -> "size" or "direction"."""
     left, found, most = sorted(dense), dict[str, str](), (len(dense) - 1) // 2
@@ -123,23 +139,17 @@ def twin(dense: Dense, max_ratio: float) -> tuple[dict[str, Score], dict[str, st
             break
         found[device] = "size"
         left.remove(device)
-    while len(found) < most:
-        candidates = []
-        for device in left:
-            each = agreement(dense, device, left)
-            pairs = [p for other in left if other != device and (p := pair(dense, device, other)) is not None]
-            if len(pairs) < 2 or sum(p < 0 for p in pairs) * 2 <= len(pairs) or len(each) < 2:
-                continue
-            chance = float(student.cdf(mean(each) / (stdev(each) / math.sqrt(len(each))), len(each) - 1))
-            others = [other for other in left if other != device]
-            theirs = [mean(a) for other in others if (a := agreement(dense, other, others))]
-            if chance < LEVEL and theirs and median(theirs) > 0 and mean(each) <= -SHARE * median(theirs):
-                candidates.append((mean(each), device))
-        if not candidates:
-            break
-        device = min(candidates)[1]
-        found[device] = "direction"
-        left.remove(device)
+    aside = smaller_camp(dense, left)
+    left = [device for device in left if device not in aside]
+    theirs = [mean(each) for device in left if (each := agreement(dense, device, left))]
+    for device in aside:
+        each = agreement(dense, device, left)
+        pairs = [p for other in left if (p := pair(dense, device, other)) is not None]
+        if len(pairs) < 2 or sum(p < 0 for p in pairs) * 2 <= len(pairs) or len(each) < 2 or not theirs:
+            continue
+        chance = float(student.cdf(mean(each) / (stdev(each) / math.sqrt(len(each))), len(each) - 1))
+        if chance < LEVEL and median(theirs) > 0 and mean(each) <= -SHARE * median(theirs):
+            found[device] = "direction"
     return scores, found
 
 
@@ -156,6 +166,7 @@ def near(x: float | None, y: float | None) -> bool:
         Planted(devices=3, layers=6, holds=6, seed=4, change=flipped(2, factor=-3.0)),
         Planted(devices=2, layers=4, holds=2, seed=5, change=flipped(1)),
         Planted(devices=4, layers=4, holds=1, seed=6),
+        Planted(devices=8, holds=4, seed=7, noise=0.5, change=flipped(0, 1, 5)),
     ],
 )
 def test_it_is_the_twins_rule(planted: Planted) -> None:
