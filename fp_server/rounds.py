@@ -231,7 +231,9 @@ class RunMachine:
     def _on_closed(self, event: e.RoundClosed, now: float, out: list[Command]) -> None:
         assert self.current is not None
         self.current.closed, self.idle_since = event, now
+        self.current.reviewed = None  # a round that was opened again is compared again
         for device, member in self.current.members.items():
+            member.outlier = ""
             if not member.settled:
                 self._cancel(device, event.key, event.reason, out)
                 self._ask(device, out)

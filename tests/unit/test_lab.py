@@ -57,6 +57,7 @@ rounds = 1
 run.devices_per_round = 1.0
 attackers = 1
 strength = 50.0
+limits.outliers = "reject"
 [[row]]
 name = "all-rbf"
 probe.kernel = "rbf"
