@@ -202,6 +202,23 @@ def test_report_and_status(tmp_path: Path) -> None:
     assert written.exit_code == 0 and "![full-model loss by round](page.png)" in (tmp_path / "page.md").read_text()
 
 
+def test_what_was_compared_is_counted_for_attackers_and_the_others(tmp_path: Path) -> None:
+    attacked = SMALL.replace('"a"\nunits = 2', '"a"\nattackers = 1\nlimits.outliers = "report"')
+    experiment = load(tmp_path, "seeds = [0]\n" + attacked)
+    write_results(experiment, tmp_path / "out", {"a": [[2.0, 1.9]], "b": [[2.0, 1.8]]})
+    assert "compared" not in markdown(experiment, collect(experiment, tmp_path / "out"), [1], None)
+    path = tmp_path / "out/jobs/a/seed-0/results.jsonl"
+    first, line = [json.loads(text) for text in path.read_text().splitlines()]
+    figures = {"d00": (-0.01, 4.0, "why"), "d01": (0.002, 1.0, None), "d02": (0.004, 1.25, None), "d03": (None, None, None)}
+    line["devices"] = {
+        name: {"review": {"agreement": agreement, "size": size, "outlier": outlier}}
+        for name, (agreement, size, outlier) in figures.items()
+    }
+    path.write_text("".join(json.dumps(one) + "\n" for one in (first, line)))
+    page = markdown(experiment, collect(experiment, tmp_path / "out"), [1], None)
+    assert "| a | 1 | 1 | -0.0100 to -0.0100 | 4.00 to 4.00 | 3 | 0 | +0.0020 to +0.0040 | 1.00 to 1.25 |" in page
+
+
 def test_fast_rounds_count_for_losses_and_bytes_alone(tmp_path: Path) -> None:
     experiment = load(tmp_path, "seeds = [0]\n" + SMALL)
     write_results(experiment, tmp_path / "out", {"a": [[2.0, 1.9, 1.8]], "b": [[2.0, 1.8, 1.5]]}, fast_from=2)
