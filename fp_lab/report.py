@@ -103,8 +103,8 @@ def _reviews(results: Sequence[RowResults]) -> str:
             cells += [_spread(cosines, "{:+.4f}"), _spread(sizes, "{:.2f}")]
         body.append(cells)
     return _table(heads, body) + (
-        "\n\nUpdates over all rounds, least to most. Cosine: an update's mean over the modules shared with other devices. Size: its"
-        " largest module, in medians of the other devices'."
+        "\n\nUpdates over all rounds, least to most. Cosine: an update's mean over the modules shared with other devices. Size: "
+        "its largest module, in medians of the other devices'."
     )
 
 
