@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from common.config import Section, load
 from common.errors import ConfigError
-from common.types import NAME, Quantization
+from common.types import NAME, Quantization, Start
 from fp_client.config import Bytes
 from fp_server.config import RunConfig
 from fp_server.work import parse_run
@@ -20,6 +20,7 @@ TABLES = ("run", "lora", "train", "probe", "pruning", "limits")
 OWN = {"run": ("name", "seed", "rounds", "min_devices", "final_evaluation"), "train": ("sequence_length",)}
 """Keys of those tables that the experiment decides itself."""
 Table = dict[str, Any]
+Attack = Literal["sign-flip", "scale", "nan"]
 
 
 class DataSection(Section):
@@ -60,6 +61,12 @@ class Row(Overrides):
     """Whole layers every device can hold, whatever the planner says; at most the planner's own where a budget is given."""
     budget: Bytes = 0
     """Memory budget of every device, for the planner's k; 0: no bound."""
+    attackers: int = Field(0, ge=0)
+    """How many devices, the first ones, spoil every update they have trained."""
+    attack: Attack = "sign-flip"
+    """The update turned round, made larger, or with a value that is no number."""
+    strength: PositiveFloat = 1.0
+    """By how much "sign-flip" and "scale" multiply it."""
 
     @field_validator("name")
     @classmethod
@@ -67,6 +74,11 @@ class Row(Overrides):
         if NAME.fullmatch(value) is None or len(value) > 48:
             raise ValueError("must be lower-case letters, digits, '.', '_' or '-', at most 48")
         return value
+
+    @property
+    def attacked(self) -> str:
+        """Who does what, for results; empty when all are honest."""
+        return f"{self.attackers} {self.attack} {self.strength:g}" if self.attackers else ""
 
 
 class Experiment(Overrides):
@@ -135,6 +147,7 @@ def run_of(experiment: Experiment, row: Row, seed: int) -> tuple[RunConfig, str]
         "min_devices": experiment.data.devices, "final_evaluation": False,
     }  # fmt: skip
     tables["train"]["sequence_length"] = experiment.window
+    tables["limits"].setdefault("outliers", "off")  # a comparison of methods is of the methods alone, as it was before the rule
     tables["model"] = {"name": experiment.model.name or "model", "path": str(experiment.model)}
     toml = to_toml(tables)
     config = parse_run(toml, f"row {row.name!r}")
@@ -142,6 +155,12 @@ def run_of(experiment: Experiment, row: Row, seed: int) -> tuple[RunConfig, str]
         raise ConfigError(
             f"row {row.name!r}: train.step_seconds: the lab's devices share this machine and measure no pace, so the limit would "
             "bound nothing; leave it out, and name the row's `train.gradient` and `units`"
+        )
+    if row.attackers > experiment.data.devices:
+        raise ConfigError(f"row {row.name!r}: attackers: {row.attackers}, and there are {experiment.data.devices} devices")
+    if row.attackers and config.lora.start is Start.GLOBAL:
+        raise ConfigError(
+            f'row {row.name!r}: attackers: with lora.start = "global" an update turned round would need twice the rank'
         )
     return config, toml
 

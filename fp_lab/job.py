@@ -20,16 +20,19 @@ from pathlib import Path
 from common.errors import ConfigError, FedPrunerError, InUseError, StorageError
 from common.types import Assignment, ModelManifest, PlanReport, ProbeTask
 from fp_client.messages import OnProgress
+from fp_lab.attacks import attackers, spoil
 from fp_lab.devices import Fleet, JobDevices
 from fp_lab.experiment import Experiment, Row, run_of
 from fp_lab.partition import device_names
-from fp_lab.results import Line, Results, line_of
+from fp_lab.results import Line, Results, line_of, read
 from fp_server import events as e
 from fp_server.capacity import plan_problem, refusal
-from fp_server.commands import Connected, PlanConfirmed, Record, Recovered, SendAssignment, SendProbe, Stimulus
+from fp_server.commands import Connected, PlanConfirmed, Record, Recovered, Review, SendAssignment, SendProbe, Stimulus
 from fp_server.config import RunConfig
+from fp_server.decisions import after_close
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
+from fp_server.reviewing import review_round
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Stage
 from fp_server.validation import check_metrics, check_update, starting_points
@@ -74,9 +77,18 @@ def same_settings(started: RunConfig, now: RunConfig, directory: Path, row: str)
         )
 
 
+def same_attack(lines: list[Line], row: Row, directory: Path) -> None:
+    """Raises ConfigError when a job's devices were attackers of another kind than its row has now."""
+    if lines and lines[0].get("attack", "") != row.attacked:
+        raise ConfigError(
+            f"{directory}: was started with other attackers than row {row.name!r} has now; give the row another name"
+        )
+
+
 def check_ended(experiment: Experiment, row: Row, seed: int, directory: Path) -> None:
     """Raises ConfigError when a job that is done was run with other settings than its row has now."""
     config, _ = run_of(experiment, row, seed)
+    same_attack(read(directory / "results.jsonl"), row, directory)
     database = Database(directory / "log.sqlite")
     try:
         _, started = next(EventLog(database).replay(config.run.name), (0.0, None))
@@ -124,9 +136,11 @@ class Job:
         self.fast = fast
         self.experiment, self.row, self.seed, self.directory = experiment, row, seed, directory
         self.names = device_names(experiment.data.devices)
+        self.attackers = attackers(row, self.names)
         self.store = ObjectStore(directory)
         self.store.clear_scratch()
         self.results = Results(directory / "results.jsonl")
+        same_attack(self.results.lines, row, directory)
         self.devices = JobDevices(fleet, row, self.store, directory / "cache", progress or (lambda *_: None))
         self._spent = {"devices": 0.0, "aggregate": 0.0}
         self._traffic = Traffic()
@@ -200,6 +214,8 @@ class Job:
         if committed % self.experiment.evaluate_every == 0 or committed == wanted:
             evaluation = self.devices.evaluate(self.machine.objects())
         line = line_of(self.machine, committed, evaluation, self._spent, self.fast)
+        if self.row.attacked:
+            line["attack"] = self.row.attacked
         self._spent = dict.fromkeys(self._spent, 0.0)
         self.results.append(line)
         return line
@@ -214,9 +230,14 @@ class Job:
         if machine.paused is not None or current is None:
             self._stuck()
         elif current.closed is not None:
+            next_ = after_close(machine, current)
+            done: e.Event
             with self._timed("aggregate"):
-                commit = aggregate_round(machine, self.store, current.opened.key, self._traffic.bytes_down)
-            self._post(commit)
+                if isinstance(next_, Review):
+                    done = review_round(machine, self.store, next_.key)
+                else:
+                    done = aggregate_round(machine, self.store, next_.key, self._traffic.bytes_down)
+            self._post(done)
         else:
             device = next(device for device in sorted(current.members) if not current.members[device].settled)
             choosing = current.members[device].stage is Stage.CHOOSING
@@ -276,9 +297,11 @@ class Job:
     def _train(self, device: str, assignment: Assignment) -> e.UpdateAccepted:
         out = self.store.scratch / f"{device}.safetensors"
         metrics = self.devices.train(device, assignment, out)
+        if device in self.attackers:
+            spoil(out, self.row)
         check_metrics(metrics)
-        starts, norm = starting_points(assignment, self.store.path), self.machine.config.limits.max_update_norm
-        check_update(out, assignment, self.machine.manifest, norm, starts)
+        starts = starting_points(assignment.spec.start, assignment.adapter, self.store.path)
+        check_update(out, assignment, self.machine.manifest, self.machine.config.limits.max_update_norm, starts)
         return e.UpdateAccepted(self.machine.name, assignment.key, device, self.store.adopt(out), metrics)
 
     # -- the log ---------------------------------------------------------------------------------

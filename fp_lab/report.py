@@ -82,7 +82,35 @@ def markdown(
     if plot:
         parts.append(f"![full-model loss by round]({plot})")
     parts += ["## Full-model loss on the held-out rows", _losses(results, rounds, reference), "## Cost", _costs(results)]
+    if compared := [row for row in results if any("review" in one for one in row.devices())]:
+        parts += ["## Updates compared with each other", _reviews(compared)]
     return "\n\n".join(parts) + "\n"
+
+
+def _reviews(results: Sequence[RowResults]) -> str:
+    """Of the attackers' updates and the others': how many stood out, their mean cosine with the others, the largest size."""
+    heads = ["row", "attackers'", "stood out", "cosine", "size", "honest", "stood out", "cosine", "size"]
+    body = []
+    for row in results:
+        cells = [row.row.name]
+        for wanted in (True, False):
+            reviews = [
+                one["review"] for line in row.lines() for name, one in line["devices"].items()
+                if "review" in one and (int(name[1:]) < row.row.attackers) is wanted
+            ]  # fmt: skip
+            cosines, sizes = (_values(reviews, key) for key in ("agreement", "size"))
+            cells += [str(len(reviews)), str(sum(one["outlier"] is not None for one in reviews))]
+            cells += [_spread(cosines, "{:+.4f}"), _spread(sizes, "{:.2f}")]
+        body.append(cells)
+    return _table(heads, body) + (
+        "\n\nUpdates over all rounds, least to most. Cosine: an update's mean over the modules shared with other devices. Size: "
+        "its largest module, in medians of the other devices'."
+    )
+
+
+def _spread(values: Iterable[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return f"{form.format(min(known))} to {form.format(max(known))}" if known else ""
 
 
 def _what(experiment: Experiment, results: Sequence[RowResults]) -> str:

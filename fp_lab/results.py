@@ -92,7 +92,11 @@ def _digest(machine: RunMachine) -> str:
 
 
 def _devices(a_round: Round) -> dict[str, Line]:
-    return {device: _device(member) for device, member in sorted(a_round.members.items())}
+    found = {device: _device(member) for device, member in sorted(a_round.members.items())}
+    if a_round.reviewed is not None:
+        for device, score in a_round.reviewed.scores.items():
+            found[device]["review"] = {**vars(score), "outlier": a_round.reviewed.outliers.get(device)}
+    return found
 
 
 def _device(member: Member) -> Line:

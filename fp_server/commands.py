@@ -115,6 +115,13 @@ class Choose:
 
 
 @dataclass(frozen=True)
+class Review:
+    """Compare a closed round's updates with each other; answered by an `UpdatesReviewed` event."""
+
+    key: TaskKey
+
+
+@dataclass(frozen=True)
 class Aggregate:
     """Stack a closed round's updates into the ledger; answered by a `RoundCommitted` event."""
 
@@ -122,4 +129,4 @@ class Aggregate:
 
 
 Send = SendPlanRequest | SendProbe | SendAssignment | SendCancel | SendEnded
-Command = Record | Send | Choose | Aggregate
+Command = Record | Send | Choose | Review | Aggregate

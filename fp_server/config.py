@@ -233,6 +233,10 @@ class LimitSection(Section):
     """Largest Frobenius norm a module's (α/r)·B·A may have, less what the device started with; none by default."""
     max_samples: PositiveInt | None = None
     """Cap on |D_n| in this run, beside the server's."""
+    outliers: Literal["off", "report", "reject"] = "reject"
+    """Whether a round's updates are compared with each other, and what stands out is told of, or left out."""
+    max_norm_ratio: float = Field(5.0, gt=1)
+    """How many times as far as the other devices' (median) a module of an update may have moved, by that comparison."""
     update_bytes: int = Field(0, ge=0, lt=2**63)
     """The most bytes of tensors an update may have; 0: no limit."""
 

@@ -36,6 +36,7 @@ from fp_server.commands import (
     Disconnected,
     Record,
     Recovered,
+    Review,
     Send,
     SendAssignment,
     Stimulus,
@@ -46,6 +47,7 @@ from fp_server.limits import OUTBOX, Complaints
 from fp_server.log import Also, EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
+from fp_server.reviewing import review_round
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Entry
 from fp_server.work import aggregate_round, choose_units
@@ -54,7 +56,7 @@ logger = logging.getLogger("fp_server")
 
 TICK = 0.5
 """Seconds between looks at the clock."""
-_FREEING = (e.RoundCommitted, e.RoundClosed, e.RunEnded)
+_FREEING = (e.RoundCommitted, e.RoundClosed, e.UpdatesReviewed, e.RunEnded)
 """Events after which objects may be needed no more."""
 STOPPING = "the server is stopping; try again later"
 KEPT = 16
@@ -303,11 +305,11 @@ class Coordinator:
 
     def _do(self, machine: RunMachine, command: Command) -> None:
         match command:
-            case Choose() | Aggregate() if self.draining:  # asked for again when the log is folded
+            case Choose() | Review() | Aggregate() if self.draining:  # asked for again when the log is folded
                 pass
             case Choose():
                 self._work(self._choose(machine, command))
-            case Aggregate():
+            case Review() | Aggregate():
                 self._work(self._aggregate(machine, command))
             case Record():
                 raise AssertionError("records are handled where they are made")
@@ -330,15 +332,20 @@ class Coordinator:
             )
         await self.insist(event)
 
-    async def _aggregate(self, machine: RunMachine, command: Aggregate) -> None:
+    async def _aggregate(self, machine: RunMachine, command: Review | Aggregate) -> None:
         loop = asyncio.get_running_loop()
         delay = 1.0
         while machine.ended is None and not self.draining:
             problem = f"round {command.key.round + 1} of {machine.name!r} can't be aggregated, trying again: "
             try:
-                event = await loop.run_in_executor(
-                    self._heavy, aggregate_round, machine, self.store, command.key, self._bytes_down
-                )
+                event: e.UpdatesReviewed | e.RoundCommitted
+                if isinstance(command, Review):
+                    event = await loop.run_in_executor(self._heavy, review_round, machine, self.store, command.key)
+                else:
+                    event = await loop.run_in_executor(
+                        self._heavy, aggregate_round, machine, self.store, command.key, self._bytes_down
+                    )
+                    self._bytes_down = 0
             except TooLate:  # the run was stopped meanwhile
                 break
             except damage.LostUpdates as error:  # the round goes on until they are there again, or by its usual rules
@@ -351,8 +358,9 @@ class Coordinator:
                 self.note("aggregation", f"{problem}{type(error).__name__}: {error}")
             else:
                 self.note("aggregation")
-                self._bytes_down = 0
                 await self.insist(event)
+                if isinstance(event, e.UpdatesReviewed):
+                    return
                 made = {ref.digest for unit in event.units for ref in (unit.ledger, unit.broadcast)}
                 if unused := made - machine.references() - self._kept:  # the run was stopped meanwhile
                     await self._discard(frozenset(unused), self.store.mark)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from common.types import TaskKey
 from fp_server import events as e
 from fp_server.capacity import refusal
-from fp_server.commands import Command, Record
+from fp_server.commands import Aggregate, Command, Record, Review
 from fp_server.config import Evaluation
 from fp_server.roundstate import Round, Stage
 from fp_server.seeding import draw_devices, rng_for
@@ -41,6 +41,12 @@ def decide(machine: RunMachine, now: float) -> list[Command]:
         key = TaskKey(machine.name, 0, machine.attempt)
         return [Record(e.RoundOpened(machine.name, key, tuple(able), tuple(able), _excluded(machine, able), True, 0))]
     return _open(machine, able)
+
+
+def after_close(machine: RunMachine, current: Round) -> Review | Aggregate:
+    """What a closed round whose updates count needs next."""
+    key = current.opened.key
+    return Aggregate(key) if machine.config.limits.outliers == "off" or current.reviewed is not None else Review(key)
 
 
 def _open_evaluation(machine: RunMachine, able: list[str], now: float) -> list[Command]:

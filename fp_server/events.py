@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from common.errors import StorageError
 from common.types import FloatArray, Gradient, ModelManifest, ObjectRef, PlanReport, TaskKey, UnitId, UpdateMetrics
+from fp_server.outliers import Score
 
 
 def _pack(array: FloatArray) -> dict[str, Any]:
@@ -146,6 +147,19 @@ class RoundClosed:
 
 
 @dataclass(frozen=True)
+class UpdatesReviewed:
+    """A closed round's updates were compared with each other (`outliers.py`)."""
+
+    run: str
+    key: TaskKey
+    scores: dict[str, Score]
+    outliers: dict[str, str]
+    """Device -> why its update stands out."""
+    reject: bool
+    """Whether the outliers' updates are left out of the round."""
+
+
+@dataclass(frozen=True)
 class UnitHolders:
     """S_l of Eq. 5: the devices whose updates of a unit were stacked, in device-id order."""
 
@@ -209,15 +223,15 @@ class RunEnded:
 
 
 Event = (
-    RunStarted | PlanReceived | RoundOpened | ProbeReceived | Assigned | UpdateAccepted | UpdatesLost
-    | DeviceDropped | RoundClosed | RoundCommitted | RunPaused | RunResumed | RunEnded
+    RunStarted | PlanReceived | RoundOpened | ProbeReceived | Assigned | UpdateAccepted | UpdatesLost | DeviceDropped
+    | RoundClosed | UpdatesReviewed | RoundCommitted | RunPaused | RunResumed | RunEnded
 )  # fmt: skip
 
 _KINDS: dict[str, TypeAdapter[Any]] = {
     kind.__name__: TypeAdapter(kind)
     for kind in (
         RunStarted, PlanReceived, RoundOpened, Assigned, UpdateAccepted, UpdatesLost, DeviceDropped,
-        RoundClosed, RoundCommitted, RunPaused, RunResumed, RunEnded,
+        RoundClosed, UpdatesReviewed, RoundCommitted, RunPaused, RunResumed, RunEnded,
     )
 }  # fmt: skip
 

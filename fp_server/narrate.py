@@ -36,6 +36,10 @@ def tell(event: e.Event) -> None:
             logger.warning("device %s is out of round %d: %s", event.device, event.key.round + 1, event.message)
         case e.RoundClosed():
             logger.info("round %d closed: %s", event.key.round + 1, event.reason)
+        case e.UpdatesReviewed():
+            for device, reason in event.outliers.items():
+                what = "is left out" if event.reject else "stands out"
+                logger.warning("device %s: its update of round %d %s: %s", device, event.key.round + 1, what, reason)
         case e.RoundCommitted():
             logger.info("round %d committed: %d layers changed", event.key.round + 1, len(event.units))
         case e.RunPaused():

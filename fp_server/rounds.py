@@ -43,7 +43,7 @@ from fp_server.commands import (
     Tick,
 )
 from fp_server.config import RunConfig
-from fp_server.decisions import decide
+from fp_server.decisions import after_close, decide
 from fp_server.roundstate import PHASES, History, Member, Phase, Round, Stage
 from fp_server.seeding import rng_for
 
@@ -183,6 +183,8 @@ class RunMachine:
                 self._on_lost(happening, now, out)
             case e.RoundClosed():
                 self._on_closed(happening, now, out)
+            case e.UpdatesReviewed():
+                self._on_reviewed(happening, out)
             case e.RoundCommitted():
                 self._on_committed(happening, now)
             case e.RunPaused():
@@ -231,17 +233,33 @@ class RunMachine:
     def _on_closed(self, event: e.RoundClosed, now: float, out: list[Command]) -> None:
         assert self.current is not None
         self.current.closed, self.idle_since = event, now
+        self.current.reviewed = None  # a round that was opened again is compared again
         for device, member in self.current.members.items():
+            member.outlier = ""
             if not member.settled:
                 self._cancel(device, event.key, event.reason, out)
                 self._ask(device, out)
         if event.aggregate and not self.current.opened.evaluate:
-            out.append(Aggregate(event.key))
+            out.append(after_close(self, self.current))
             return
-        self.history.append(self.current, None)
-        if self.current.opened.evaluate and event.key.round < self.config.run.rounds:
-            self.evaluated, self.attempt = self.current.opened.drawn, self.attempt + 1
-        elif self.current.opened.evaluate:
+        self._give_up(self.current)
+
+    def _on_reviewed(self, event: e.UpdatesReviewed, out: list[Command]) -> None:
+        assert self.current is not None
+        self.current.reviewed = event
+        for device, reason in event.outliers.items() if event.reject else ():
+            self.current.members[device].outlier = reason
+        if sum(member.counts for member in self.current.members.values()) >= self.config.run.min_updates:
+            out.append(Aggregate(event.key))
+        else:
+            self._give_up(self.current)
+
+    def _give_up(self, current: Round) -> None:
+        """A round ends without anything to aggregate."""
+        self.history.append(current, None)
+        if current.opened.evaluate and current.opened.key.round < self.config.run.rounds:
+            self.evaluated, self.attempt = current.opened.drawn, self.attempt + 1
+        elif current.opened.evaluate:
             self.next_round += 1
         else:
             self.attempt, self.failures = self.attempt + 1, self.failures + 1
@@ -296,7 +314,7 @@ class RunMachine:
             if member.stage is Stage.CHOOSING:
                 out.append(Choose(self.current.opened.key, device))
         if self.current.closed is not None:
-            out.append(Aggregate(self.current.opened.key))
+            out.append(after_close(self, self.current))
 
     # -- what is said to devices -----------------------------------------------------------------
 

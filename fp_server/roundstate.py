@@ -44,6 +44,8 @@ class Member:
     assigned: e.Assigned | None = None
     accepted: e.UpdateAccepted | None = None
     dropped: e.DeviceDropped | None = None
+    outlier: str = ""
+    """Why its update was left out of the round after all; empty when it was not."""
     progress_at: float = 0.0
     progress: ProgressSeen | None = None
     """The last sign of life."""
@@ -55,6 +57,11 @@ class Member:
         """Whether nothing more is expected of it."""
         return self.stage in (Stage.DONE, Stage.DROPPED)
 
+    @property
+    def counts(self) -> bool:
+        """Whether its update is stacked."""
+        return self.accepted is not None and not self.outlier
+
 
 @dataclass
 class Round:
@@ -64,6 +71,7 @@ class Round:
     opened_at: float
     members: dict[str, Member] = field(default_factory=dict)
     closed: e.RoundClosed | None = None
+    reviewed: e.UpdatesReviewed | None = None
 
 
 KEPT = 20

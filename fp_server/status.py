@@ -152,7 +152,7 @@ def _round(a_round: Round, commit: e.RoundCommitted | None) -> dict[str, Any]:
         "holders": _stacked(commit) if commit else {},
         "energy_dropped": {str(u.layer + 1): u.dropped for u in commit.units} if commit else {},
         "weights": commit.weights if commit else {},
-        "devices": {device: _member(member) for device, member in a_round.members.items()},
+        "devices": {device: _member(device, member, a_round.reviewed) for device, member in a_round.members.items()},
     }
 
 
@@ -167,7 +167,7 @@ def _stacked(commit: e.RoundCommitted) -> dict[str, list[str]]:
     return out
 
 
-def _member(member: Member) -> dict[str, Any]:
+def _member(device: str, member: Member, reviewed: e.UpdatesReviewed | None) -> dict[str, Any]:
     out: dict[str, Any] = {"stage": member.stage.value}
     if member.progress is not None and not member.settled:
         out["progress"] = {"phase": member.progress.phase, "done": member.progress.amount, "total": member.progress.total}
@@ -190,6 +190,8 @@ def _member(member: Member) -> dict[str, Any]:
         out["fidelity"] = x.fidelity
         if member.assigned is not None and len(x.unit_fidelity) == len(member.assigned.units):
             out["unit_fidelity"] = {u.label: v for u, v in zip(member.assigned.units, x.unit_fidelity, strict=True)}
+    if reviewed is not None and (score := reviewed.scores.get(device)) is not None:
+        out["review"] = {**vars(score), "outlier": reviewed.outliers.get(device), "rejected": bool(member.outlier)}
     if member.dropped is not None:
         out["error"], out["message"] = member.dropped.error, member.dropped.message
     return out

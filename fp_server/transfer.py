@@ -133,7 +133,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         path = await asyncio.to_thread(arrival.finish)
         try:
             norm = norm_limit(machine.config.limits.max_update_norm, self._coordinator.config.max_update_norm)
-            starts = starting_points(assignment, self._coordinator.store.path)
+            starts = starting_points(assignment.spec.start, assignment.adapter, self._coordinator.store.path)
             async with self._checking:
                 await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm, starts)
         except StorageError:  # what the device started with can't be read: the server's trouble, and it tries again

@@ -5,7 +5,7 @@ Everything expected comes from the assignment and the model's manifest, never fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from common.blocks import key, parse_key
 from common.errors import ModelError, UpdateRejected
 from common.tensorfile import TensorFile
-from common.types import Assignment, Factors, FloatArray, ModelManifest, Start, UpdateMetrics, unit_modules
+from common.types import Assignment, Factors, FloatArray, ModelManifest, Start, UnitObject, UpdateMetrics, unit_modules
 from fp_server.ledger import open_ledger, read_delta
 from fp_server.lowrank import Factored
 from fp_server.products import Product, moved, norm
@@ -57,21 +57,19 @@ def norm_limit(*limits: float | None) -> float:
     return min([REPRESENTABLE, *(limit for limit in limits if limit is not None)])
 
 
-def starting_points(assignment: Assignment, path: Callable[[str], Path]) -> dict[int, Path]:
-    """Layer -> the broadcast file whose top components the device continued; none where it began with B = 0.
+def starting_points(start: Start, adapter: Iterable[UnitObject], path: Callable[[str], Path]) -> dict[int, Path]:
+    """Layer -> the broadcast file whose top components a device continues; none where it begins with B = 0.
 
     `path`: where an object with this digest is (`ObjectStore.path`).
     """
-    if assignment.spec.start is not Start.GLOBAL:
-        return {}
-    return {unit.layer: path(unit.ref.digest) for unit in assignment.adapter}
+    return {unit.layer: path(unit.ref.digest) for unit in adapter} if start is Start.GLOBAL else {}
 
 
 class Starts:
-    """The factors that an assignment's modules started with; open files until closed."""
+    """The factors that modules trained at this rank started with (`starting_points`); open files until closed."""
 
-    def __init__(self, assignment: Assignment, manifest: ModelManifest, files: Mapping[int, Path]) -> None:
-        self._rank, self._manifest, self._paths = assignment.spec.rank, manifest, files
+    def __init__(self, rank: int, manifest: ModelManifest, files: Mapping[int, Path]) -> None:
+        self._rank, self._manifest, self._paths = rank, manifest, files
         self._open: dict[int, TensorFile] = {}
         self._stack = ExitStack()
 
@@ -112,7 +110,7 @@ def check_update(
         raise UpdateRejected(f"the update can't be read: {str(error).removeprefix(f'{path}: ')}") from None
     with file, ExitStack() as stack:
         _check_header(file, expected)
-        given = Starts(assignment, manifest, starts or {})
+        given = Starts(assignment.spec.rank, manifest, starts or {})
         stack.callback(given.close)
         scale, limit = assignment.spec.alpha / assignment.spec.rank, norm_limit(max_norm)
         factors: dict[str, FloatArray] = {}

@@ -194,9 +194,17 @@ def _round_table(entry: dict[str, Any]) -> Table:
             plain(device), spans(member.get("units", [])),
             size(member["update_bytes"]) if trained else "", peak,
             f"{_loss(member['loss_first'])} → {_loss(member['loss_last'])}" if member.get("loss_last") is not None else "",
-            plain(member.get("message", "" if trained else member["stage"])),
+            plain(member.get("message") or _review(member) or ("" if trained else member["stage"])),
         )  # fmt: skip
     return table
+
+
+def _review(member: dict[str, Any]) -> str:
+    """What the comparison with the others found, if anything."""
+    review = member.get("review")
+    if review is None or review["outlier"] is None:
+        return ""
+    return f"{'left out' if review['rejected'] else 'stands out'}: {review['outlier']}"
 
 
 def _gradient_table(entry: dict[str, Any]) -> list[RenderableType]:

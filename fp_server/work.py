@@ -45,13 +45,15 @@ def started_config(event: e.RunStarted, source: str) -> RunConfig:
     config = check(event.config, RunConfig, source) if event.config else parse_run(event.toml, source)
     if "group_sizes" not in config.pruning.model_fields_set:  # before there were others, groups were of any size
         config = config.model_copy(update={"pruning": config.pruning.model_copy(update={"group_sizes": "free"})})
+    if "outliers" not in config.limits.model_fields_set:  # before there was such a comparison, every valid update counted
+        config = config.model_copy(update={"limits": config.limits.model_copy(update={"outliers": "off"})})
     if event.config or "gradient" in config.train.model_fields_set:
         return config
     # Version 0.1 wrote no resolved configuration and knew submodels only.
     return config.model_copy(update={"train": config.train.model_copy(update={"gradient": Gradient.SUBMODEL})})
 
 
-def _current(machine: RunMachine, task: TaskKey) -> Round:
+def current_round(machine: RunMachine, task: TaskKey) -> Round:
     """The round of `task`. Raises TooLate when the machine has moved on while this waited for its thread."""
     current = machine.current
     if current is None or current.opened.key != task:
@@ -61,7 +63,7 @@ def _current(machine: RunMachine, task: TaskKey) -> Round:
 
 def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
     """The method's choice of units for one device (paper §3.1, §3.2). Raises BudgetError when nothing fits, TooLate."""
-    current = _current(machine, task)
+    current = current_round(machine, task)
     probe, report = current.members[device].probe, machine.plans[device].report
     capacity = machine.capacity(device)
     if probe is None or capacity is None:
@@ -99,9 +101,9 @@ def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, byte
     holders than its feed-forward modules. Raises StorageError (disk full), or DamagedError (a ledger object); then nothing
     has changed and it can be tried again. Raises LostUpdates for damaged updates, TooLate when the run was stopped.
     """
-    current = _current(machine, task)
+    current = current_round(machine, task)
     config, manifest = machine.config, machine.manifest
-    accepted = {d: m.accepted for d, m in sorted(current.members.items()) if m.accepted is not None}
+    accepted = {d: m.accepted for d, m in sorted(current.members.items()) if m.accepted is not None and m.counts}
     check_updates(store, accepted)
     commits: list[e.UnitCommit] = []
     held_back: list[UnitId] = []
@@ -147,7 +149,7 @@ def _holders(current: Round) -> dict[int, list[e.UnitHolders]]:
     """S_l of Eq. 5 by layer: for each unit in an accepted update, in model order, its devices in id order."""
     holders: dict[UnitId, list[str]] = {}
     for device, member in sorted(current.members.items()):
-        if member.accepted is not None and member.assigned is not None:
+        if member.counts and member.assigned is not None:
             for unit in member.assigned.units:
                 holders.setdefault(unit, []).append(device)
     layers: dict[int, list[e.UnitHolders]] = {}

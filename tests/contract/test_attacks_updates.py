@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from server_side import Device, Server, blocks_of, fetch, run_toml, whole_run
+from server_side import Device, Server, blocks_of, fetch, run_toml, seeded, whole_run
 
 from common.blocks import read_blocks, write_blocks
 
@@ -128,3 +128,89 @@ def test_what_is_claimed_after_joining_a_run_changes_nothing(strict):
     status = asyncio.run(whole_run(strict, [Device(strict, "alice"), both], run_toml(rounds=3)))
     assert "planned" in greedy.seen, "it was asked again and said more"
     assert all(entry["weights"] == {"alice": 40, "bob": 5} for entry in status["history"][:3])
+
+
+# -- the comparison of a round's updates ------------------------------------------------------------
+
+TEN = tuple(f"d{n}" for n in range(10))
+
+
+@pytest.fixture
+def ten(tmp_path: Path):
+    """A server of ten devices."""
+    one = Server(tmp_path / "server", TEN)
+    one.start()
+    yield one
+    if one.process is not None:
+        one.kill()
+
+
+def alike(factor):
+    """An update along the round's one gradient, in a random subspace of the device's own, times `factor`."""
+
+    def make(assignment, device):
+        blocks = []
+        for block in blocks_of(assignment, device.name):
+            gradient = seeded("gradient", assignment.key.round, block.layer, block.module).standard_normal(
+                (len(block.b), block.a.shape[1]), np.float32
+            )
+            blocks.append(replace(block, b=np.float32(-0.1 * factor) * gradient @ block.a.T))
+        path = device.server.devices / device.name / "made.safetensors"
+        write_blocks(path, blocks)
+        return path.read_bytes()
+
+    return make
+
+
+def nan(assignment, device):
+    blocks = [replace(block, a=np.full_like(block.a, np.nan)) for block in blocks_of(assignment, device.name)]
+    path = device.server.devices / device.name / "made.safetensors"
+    write_blocks(path, blocks)
+    return path.read_bytes()
+
+
+def fleet(server, attack):
+    """Ten devices that hold all six layers; d2 and d7 attack."""
+    return [Device(server, name, make=attack if name in ("d2", "d7") else alike(1), units=6) for name in TEN]
+
+
+def test_sign_flipped_updates_of_two_in_ten_are_left_out_with_a_reason_and_leave_no_trace(ten):
+    toml = run_toml(min_devices=10)
+    status = asyncio.run(whole_run(ten, fleet(ten, alike(-1)), toml, 120))
+    honest = {name: 40 for name in TEN if name not in ("d2", "d7")}
+    for entry in status["history"][:2]:
+        assert entry["weights"] == honest
+        for name, device in entry["devices"].items():
+            review = device["review"]
+            assert review["others"] == 9 and review["rejected"] is (name in ("d2", "d7"))
+            if name in ("d2", "d7"):
+                assert "points against the others: mean cosine -" in review["outlier"] and review["agreement"] < 0
+            else:
+                assert review["outlier"] is None and review["agreement"] > 0
+    assert "device d2: its update of round 1 is left out: points against the others" in ten.log()
+    # The very ledger of a run in which the two were never heard.
+    again = asyncio.run(whole_run(ten, fleet(ten, nan), toml.replace("toy-run", "without"), 120))
+    assert again["history"][0]["weights"] == honest
+    assert ten.ledger("without") == ten.ledger("toy-run")
+
+
+def test_reported_outliers_count_all_the_same(ten):
+    toml = run_toml(min_devices=10, rounds=1, limits_outliers="report")
+    entry = asyncio.run(whole_run(ten, fleet(ten, alike(-1)), toml, 120))["history"][0]
+    assert set(entry["weights"]) == set(TEN)
+    assert entry["devices"]["d2"]["review"]["outlier"] is not None and not entry["devices"]["d2"]["review"]["rejected"]
+    assert "device d2: its update of round 1 stands out" in ten.log()
+
+
+def test_an_update_many_times_as_large_as_the_others_is_left_out_without_any_limit_set(ten):
+    entry = asyncio.run(whole_run(ten, fleet(ten, alike(50)), run_toml(min_devices=10, rounds=1), 120))["history"][0]
+    assert "d2" not in entry["weights"] and "d7" not in entry["weights"] and len(entry["weights"]) == 8
+    assert "times as far as the other devices' do (median), at most 5 counts" in entry["devices"]["d7"]["review"]["outlier"]
+
+
+def test_of_two_devices_that_disagree_neither_is_left_out(server):
+    devices = [Device(server, "alice", make=alike(1), units=6), Device(server, "bob", make=alike(-50), units=6)]
+    entry = asyncio.run(whole_run(server, devices, run_toml(rounds=1)))["history"][0]
+    assert entry["weights"] == {"alice": 40, "bob": 40}
+    review = entry["devices"]["bob"]["review"]
+    assert (review["others"], review["against"], review["size"], review["outlier"]) == (1, 1, None, None)

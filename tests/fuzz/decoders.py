@@ -45,6 +45,7 @@ from fp_server.config import RunConfig, ServerConfig
 from fp_server.identity import Authority
 from fp_server.log import Database
 from fp_server.narrate import tell
+from fp_server.outliers import Score
 from fp_server.reports import _probe_problem
 from fp_server.rounds import RunMachine
 from fp_server.status import status
@@ -327,7 +328,7 @@ def pipe_seeds() -> list[bytes]:
 
 EVENT_KINDS = (
     "RunStarted", "PlanReceived", "RoundOpened", "ProbeReceived", "Assigned", "UpdateAccepted", "DeviceDropped", "RoundClosed",
-    "RoundCommitted", "RunPaused", "RunResumed", "RunEnded", "Nonsense", "UpdatesLost",
+    "RoundCommitted", "RunPaused", "RunResumed", "RunEnded", "Nonsense", "UpdatesLost", "UpdatesReviewed",
 )  # fmt: skip
 
 
@@ -353,6 +354,7 @@ def event_seeds() -> list[bytes]:
         e.UpdatesLost("r", KEY, {"a": "why"}),
         e.DeviceDropped("r", KEY, "a", "X", "why"),
         e.RoundClosed("r", KEY, True, "why"),
+        e.UpdatesReviewed("r", KEY, {"a": Score(2, 1, 0.5, None)}, {"a": "why"}, True),
         e.RoundCommitted("r", KEY, (e.UnitCommit(1, REF, REF, ("a",), 0.1),), (2,), {"a": 5}, 1, 2),
         e.RunPaused("r", "why"), e.RunResumed("r"), e.RunEnded("r", "finished"),
     ]  # fmt: skip

@@ -332,7 +332,12 @@ def state(machine: Any) -> Any:
         return (one.stage, *(None if x is None else e.encode(x) for x in (one.probe, one.assigned, one.accepted, one.dropped)))
 
     def a_round(one: Any) -> Any:
-        return (e.encode(one.opened), {d: member(m) for d, m in one.members.items()}, one.closed and e.encode(one.closed))
+        return (
+            e.encode(one.opened),
+            {d: member(m) for d, m in one.members.items()},
+            one.closed and e.encode(one.closed),
+            one.reviewed and e.encode(one.reviewed),
+        )
 
     return (
         {d: e.encode(p) for d, p in machine.plans.items()}, machine.ledger, machine.broadcast, machine.next_round,

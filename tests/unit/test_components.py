@@ -35,6 +35,7 @@ from fp_server.export import export_peft
 from fp_server.ledger import read_delta
 from fp_server.lowrank import Dense
 from fp_server.objects import ObjectStore
+from fp_server.reviewing import review_round
 from fp_server.rounds import RunMachine
 from fp_server.status import status
 from fp_server.validation import expected_shapes
@@ -152,6 +153,7 @@ class Run:
         return blocks
 
     def commit(self) -> e.RoundCommitted:
+        self.do(review_round(self.machine, self.store, self.key))
         event = aggregate_round(self.machine, self.store, self.key, 0)
         self.do(event)
         return event
@@ -211,7 +213,7 @@ def twin(blocks: dict[str, list[LoraBlock]], layer: int, module: ModuleShape) ->
 def test_each_component_is_stacked_over_its_own_holders(tmp_path):
     run = Run(tmp_path)
     blocks = run.train(GIVEN)
-    assert kinds(run.out)[-1] == "Aggregate"
+    assert kinds(run.out)[-1] == "Review"
     event = run.commit()
     assert [commit.layer for commit in event.units] == [0, 1, 2, 3] and event.held_back == event.held_back_units == ()
     stacked = {part.unit.label: "".join(part.holders) for commit in event.units for part in commit.parts}

@@ -22,6 +22,7 @@ from common.types import (
     UpdateMetrics,
 )
 from fp_server import events as e
+from fp_server.outliers import Score
 
 KEY = TaskKey("r", 3, 1)
 REF = ObjectRef("ab" * 32, 2**40)
@@ -54,6 +55,9 @@ ALL = [
     e.DeviceDropped("r", KEY, "d", "WorkerError", "it 'broke' [bold]"),
     e.UpdatesLost("r", KEY, {"d": "its bytes are not what was written"}),
     e.RoundClosed("r", KEY, False, "why"),
+    e.UpdatesReviewed(
+        "r", KEY, {"a": Score(3, 2, -0.25, 1.5), "b": Score(0, 0, None, None)}, {"a": "it 'points' elsewhere"}, True
+    ),
     e.RoundCommitted("r", KEY, (e.UnitCommit(1, REF, REF, ("a", "b"), 0.25),), (4,), {"a": 10**12}, 1, 2),
     e.RoundCommitted(
         "r",

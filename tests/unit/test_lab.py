@@ -51,6 +51,14 @@ batch_size = 2
 name = "three"
 units = 3
 [[row]]
+name = "attacked"
+units = 3
+rounds = 1
+run.devices_per_round = 1.0
+attackers = 1
+strength = 50.0
+limits.outliers = "reject"
+[[row]]
 name = "all-rbf"
 probe.kernel = "rbf"
 """
@@ -176,6 +184,23 @@ def test_the_lines_say_what_happened(undisturbed: dict[str, Path], fleet: Fleet)
             assert len(one["units"]) == 3 and one["train_peak"] > 0 and one["probe_seconds"] > 0
     whole = read(undisturbed["all-rbf"] / "results.jsonl")
     assert all(len(one["units"]) == 6 for line in whole[1:] for one in line["devices"].values())
+
+
+def test_an_attackers_update_is_spoilt_and_left_out(
+    undisturbed: dict[str, Path], experiment: Experiment, fleet: Fleet, tmp_path: Path
+) -> None:
+    lines = read(undisturbed["attacked"] / "results.jsonl")
+    assert [line["attack"] for line in lines] == ["1 sign-flip 50"] * 2
+    reviews = {device: one["review"] for device, one in lines[1]["devices"].items()}
+    assert "times as far" in reviews["d00"]["outlier"] and reviews["d00"]["size"] > 5
+    assert [reviews[device]["outlier"] for device in ("d01", "d02", "d03")] == [None] * 3
+    assert "attack" not in read(undisturbed["three"] / "results.jsonl")[0]
+    # What is checked before it counts puts the device out of the round.
+    with closing(job(experiment, fleet, tmp_path, "attacked", attack="nan")) as one:
+        one.run()
+        assert "must be finite" in read(tmp_path / "results.jsonl")[1]["devices"]["d00"]["dropped"]
+    with pytest.raises(ConfigError, match="was started with other attackers"):
+        job(experiment, fleet, tmp_path, "attacked")
 
 
 def test_rows_are_paired(undisturbed: dict[str, Path]) -> None:

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from common.blocks import read_blocks, write_blocks
 from common.errors import ConfigError, DataError
+from common.types import LoraBlock
 from fp_lab import cli
-from fp_lab.experiment import DataSection, Experiment, load_experiment, run_of, to_toml
+from fp_lab.attacks import spoil
+from fp_lab.experiment import DataSection, Experiment, Row, load_experiment, run_of, to_toml
 from fp_lab.partition import device_names, prepare
 from fp_lab.report import collect, default_rounds, draw, markdown
 from fp_lab.runner import FILE, places
@@ -48,12 +52,26 @@ def load(tmp_path: Path, text: str) -> Experiment:
         (SMALL.replace('"b"', '"a"'), "two rows are called 'a'"),
         (SMALL + "train.step_seconds = 2.5\n", r"row 'b': train\.step_seconds: .* leave it out"),
         (SMALL + 'budget = "much"\n', "not a size"),
+        (SMALL + "attackers = 21\n", "row 'b': attackers: 21, and there are 20 devices"),
+        (SMALL + "attackers = 2\nstrength = 0.0\n", "strength"),
+        (SMALL + 'attackers = 2\nlora.start = "global"\n', "would need twice the rank"),
         ('name = "x"\nmodel = "m"\n', "row: missing"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         load(tmp_path, text)
+
+
+@pytest.mark.parametrize(("attack", "factor"), [("sign-flip", -3.0), ("scale", 3.0)])
+def test_an_attack_changes_the_product_and_nothing_else(tmp_path: Path, attack: str, factor: float) -> None:
+    rng = np.random.default_rng(0)
+    block = LoraBlock(3, "q_proj", rng.standard_normal((2, 5), np.float32), rng.standard_normal((4, 2), np.float32))
+    write_blocks(tmp_path / "update", [block])
+    spoil(tmp_path / "update", Row.model_validate({"name": "x", "attackers": 1, "attack": attack, "strength": 3.0}))
+    (found,) = read_blocks(tmp_path / "update")
+    assert (found.layer, found.module) == (3, "q_proj")
+    np.testing.assert_allclose(found.b @ found.a, factor * block.b @ block.a, rtol=1e-5)
 
 
 def test_rows_override_the_experiment_key_by_key(tmp_path: Path) -> None:
@@ -182,6 +200,23 @@ def test_report_and_status(tmp_path: Path) -> None:
     assert shown.exit_code == 0 and "2/12" in shown.output and "+0.5000" in shown.output
     written = CliRunner().invoke(cli.app, ["report", str(out), "--out", str(tmp_path / "page.md"), "--round", "2"])
     assert written.exit_code == 0 and "![full-model loss by round](page.png)" in (tmp_path / "page.md").read_text()
+
+
+def test_what_was_compared_is_counted_for_attackers_and_the_others(tmp_path: Path) -> None:
+    attacked = SMALL.replace('"a"\nunits = 2', '"a"\nattackers = 1\nlimits.outliers = "report"')
+    experiment = load(tmp_path, "seeds = [0]\n" + attacked)
+    write_results(experiment, tmp_path / "out", {"a": [[2.0, 1.9]], "b": [[2.0, 1.8]]})
+    assert "compared" not in markdown(experiment, collect(experiment, tmp_path / "out"), [1], None)
+    path = tmp_path / "out/jobs/a/seed-0/results.jsonl"
+    first, line = [json.loads(text) for text in path.read_text().splitlines()]
+    figures = {"d00": (-0.01, 4.0, "why"), "d01": (0.002, 1.0, None), "d02": (0.004, 1.25, None), "d03": (None, None, None)}
+    line["devices"] = {
+        name: {"review": {"agreement": agreement, "size": size, "outlier": outlier}}
+        for name, (agreement, size, outlier) in figures.items()
+    }
+    path.write_text("".join(json.dumps(one) + "\n" for one in (first, line)))
+    page = markdown(experiment, collect(experiment, tmp_path / "out"), [1], None)
+    assert "| a | 1 | 1 | -0.0100 to -0.0100 | 4.00 to 4.00 | 3 | 0 | +0.0020 to +0.0040 | 1.00 to 1.25 |" in page
 
 
 def test_fast_rounds_count_for_losses_and_bytes_alone(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from common.errors import AlreadyDone, NotFound, TooLate
 from common.types import Capacity, Gradient, ModelManifest, ModuleShape, ObjectRef, PlanReport, TaskKey, UnitId, UpdateMetrics
 from fp_server import commands as c
 from fp_server import events as e
+from fp_server.outliers import Score
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Phase, Stage
 from fp_server.seeding import draw_devices, rng_for
@@ -83,8 +84,12 @@ class Shell:
         for device in devices:
             self.do(accepted(key, device))
 
+    def review(self, *outliers: str, reject: bool = True) -> list[c.Command]:
+        return self.do(reviewed(self.key, *outliers, reject=reject))
+
     def commit(self) -> None:
         key = self.key
+        self.review()
         self.do(committed(key))
 
     def whole_round(self, *devices: str) -> None:
@@ -112,6 +117,10 @@ def assigned(key, device):
 
 def accepted(key, device, salt=0):
     return e.UpdateAccepted("r", key, device, digest(device, salt), UpdateMetrics())
+
+
+def reviewed(key, *outliers, reject=True):
+    return e.UpdatesReviewed("r", key, {"a": Score(1, 0, 0.5, 1.0)}, dict.fromkeys(outliers, "it stands out"), reject)
 
 
 def committed(key):
@@ -181,9 +190,11 @@ def test_from_probe_to_commit_to_the_final_evaluation_and_the_end():
         shell.probe("b")
         shell.assign("b")
         shell.accept("a")
-        assert kinds(shell.do(accepted(shell.key, "b"))) == ["Aggregate"]
+        assert kinds(shell.do(accepted(shell.key, "b"))) == ["Review"]
         assert shell.machine.phase is Phase.AGGREGATING
-        shell.commit()
+        assert kinds(shell.review()) == ["Aggregate"]
+        assert shell.machine.phase is Phase.AGGREGATING
+        shell.do(committed(shell.key))
     assert shell.machine.current.opened.evaluate and shell.machine.current.opened.drawn == ("a", "b")
     assert not shell.machine.task("a").task.similarity
     shell.probe("a")
@@ -191,6 +202,69 @@ def test_from_probe_to_commit_to_the_final_evaluation_and_the_end():
     ended = shell.do(probed(key, "b", True))
     assert shell.machine.phase is Phase.FINISHED and kinds(ended) == ["SendEnded", "SendEnded"]
     assert shell.machine.history.total == 3
+
+
+def closed(*devices: str, **run) -> Shell:
+    """A round whose devices have all delivered."""
+    shell = Shell(min_devices=len(devices), **run)
+    shell.join(*devices)
+    shell.probe(*devices)
+    shell.assign(*devices)
+    shell.accept(*devices)
+    return shell
+
+
+def test_an_outlier_is_left_out_by_an_event_and_its_reason_is_kept():
+    shell = closed("a", "b", "c")
+    assert kinds(shell.review("b")) == ["Aggregate"]
+    members = shell.machine.current.members
+    assert [m.counts for m in members.values()] == [True, False, True] and members["b"].outlier == "it stands out"
+    assert members["b"].accepted is not None and members["b"].accepted.ref.digest in shell.machine.references()
+    shell.do(committed(shell.key))
+    (entry, _) = shell.machine.history.last
+    assert entry.reviewed.outliers == {"b": "it stands out"}
+    assert shell.machine.check_push("b", entry.opened.key, digest("b", 0)), "pushed again, it is a duplicate as any other"
+
+
+def test_reported_is_not_left_out():
+    shell = closed("a", "b", "c")
+    assert kinds(shell.review("b", reject=False)) == ["Aggregate"]
+    assert all(m.counts for m in shell.machine.current.members.values())
+
+
+def test_a_round_with_too_few_updates_after_the_review_is_drawn_again():
+    shell = closed("a", "b", "c", min_updates=3)
+    key, before = shell.key, shell.machine.references()
+    assert before
+    out = shell.review("b")
+    assert kinds(out) == ["SendProbe"] * 3 and shell.key == replace(key, attempt=1)
+    assert shell.machine.failures == 1 and shell.machine.references() == frozenset()
+    shell.probe("a", "b", "c")
+    shell.assign("a", "b", "c")
+    shell.accept("a", "b", "c")
+    shell.review("b")
+    assert shell.machine.paused is not None, "as often as run.max_attempts allows"
+
+
+def test_without_the_rule_a_closed_round_is_aggregated_at_once():
+    shell = Shell('[limits]\noutliers = "off"\n')
+    shell.join("a", "b")
+    shell.probe("a", "b")
+    shell.assign("a", "b")
+    shell.do(accepted(shell.key, "a"))
+    assert kinds(shell.do(accepted(shell.key, "b"))) == ["Aggregate"]
+
+
+def test_after_a_restart_the_review_is_asked_for_unless_it_was_durable():
+    for done, expected in ((False, "Review"), (True, "Aggregate")):
+        shell = closed("a", "b", "c")
+        if done:
+            shell.review("b")
+        again = RunMachine(shell.machine.config, MANIFEST)
+        for at, event in shell.log:
+            again.handle(event, at)
+        assert kinds(again.handle(c.Recovered(), 0.0)) == [expected]
+        assert again.current.members["b"].counts is not done
 
 
 def test_all_devices_evaluate_before_the_first_round_and_after_the_last():
@@ -499,10 +573,17 @@ def snapshot(machine: RunMachine):
     """Everything that must survive a restart (who is connected and who made progress when does not)."""
 
     def member(m):
-        return m.stage, m.assigned, m.accepted, m.dropped, None if m.probe is None else (m.probe.device, m.probe.similarity.shape)
+        return (
+            m.stage,
+            m.assigned,
+            m.accepted,
+            m.dropped,
+            m.outlier,
+            None if m.probe is None else (m.probe.device, m.probe.similarity.shape),
+        )
 
     def a_round(r):
-        return r.opened, r.opened_at, r.closed, {d: member(m) for d, m in r.members.items()}
+        return r.opened, r.opened_at, r.closed, r.reviewed, {d: member(m) for d, m in r.members.items()}
 
     return copy.deepcopy(
         (
@@ -519,7 +600,9 @@ def outstanding(machine: RunMachine):
     if current is None:
         return set()
     work = {("Choose", d) for d, m in current.members.items() if m.stage is Stage.CHOOSING}
-    return work | ({("Aggregate", "")} if current.closed is not None else set())
+    if current.closed is None:
+        return work
+    return work | {("Review" if current.reviewed is None else "Aggregate", "")}
 
 
 ACTIONS = "connect disconnect plan refuse probe assign accept drop commit tick later pause resume stop".split()  # noqa: SIM905
@@ -559,7 +642,10 @@ def test_folding_the_log_gives_the_same_state_and_recovery_asks_for_exactly_what
             case "drop":
                 shell.do(dropped(key, device))
             case "commit":
-                if machine.phase is Phase.AGGREGATING:
+                if machine.phase is Phase.AGGREGATING and current.reviewed is None:
+                    delivered = [d for d, m in current.members.items() if m.accepted is not None]
+                    shell.review(*delivered[: salt // 2], reject=salt != 3)
+                elif machine.phase is Phase.AGGREGATING:
                     shell.do(committed(key))
             case "tick" | "later":
                 shell.now += 1.0 if action == "tick" else 7.0 * salt
@@ -579,7 +665,9 @@ def test_folding_the_log_gives_the_same_state_and_recovery_asks_for_exactly_what
     assert snapshot(again) == snapshot(machine)
     commands = again.handle(c.Recovered(), shell.now)
     if again.ended is None:
-        work = {(type(x).__name__, getattr(x, "device", "")) for x in commands if isinstance(x, c.Choose | c.Aggregate)}
+        work = {
+            (type(x).__name__, getattr(x, "device", "")) for x in commands if isinstance(x, c.Choose | c.Review | c.Aggregate)
+        }
         assert work == outstanding(machine)
         for device in sorted(machine.connected):
             task = machine.task(device)

@@ -49,6 +49,9 @@ BAD = [
     ("[pruning]\neigenvectors = 'k+1'\n", "pruning.eigenvectors: Input should be 'k' or 'k-1'"),
     ("[limits]\nmin_holders = 0\n", "limits.min_holders"),
     ("[limits]\nmax_update_norm = -1.0\n", "limits.max_update_norm"),
+    ("[limits]\nmax_samples = 0\n", "limits.max_samples"),
+    ("[limits]\noutliers = 'maybe'\n", "limits.outliers"),
+    ("[limits]\nmax_norm_ratio = 1.0\n", "limits.max_norm_ratio"),
 ]
 
 

@@ -63,6 +63,16 @@ def test_in_a_log_of_before_groups_are_of_any_size() -> None:
     assert started_config(e.RunStarted("r", chosen, MANIFEST), "test").pruning.group_sizes == "even"
 
 
+def test_in_a_log_of_before_updates_are_not_compared() -> None:
+    config = parse_run(toml(), "test")
+    assert config.limits.outliers == "reject"
+    event = run_started(config, toml(), MANIFEST)
+    written = json.loads(event.config)
+    del written["limits"]["outliers"]
+    for old in (replace(event, config=json.dumps(written)), e.RunStarted("r", toml(), MANIFEST)):
+        assert started_config(old, "test").limits.outliers == "off"
+
+
 def test_what_was_pinned_and_can_not_be_read_is_named() -> None:
     with pytest.raises(ConfigError, match=r"run r: .*run: missing"):
         started_config(e.RunStarted("r", toml(), MANIFEST, "{}"), "run r")

@@ -13,6 +13,7 @@ from test_rounds import MANIFEST, Shell, assigned, committed, dropped, opened, p
 from common.types import Capacity, Gradient, ObjectRef, PlanReport, UpdateMetrics
 from fp_server import commands as c
 from fp_server import events as e
+from fp_server.outliers import Score
 from fp_server.status import loss_curve, run_summary, status
 from fp_server.views import brief, runs_table, size, status_view
 
@@ -151,6 +152,23 @@ def test_what_a_device_says_of_its_gradient_is_shown_within_80_columns():
     assert "laptop-north streamed 3.25 s (3.50 s) 0.412 (units 0.250 to 0.500)" in lines and "phone streamed – exact" in lines, (
         text
     )
+
+
+def test_how_updates_compare_is_told_and_what_is_left_out_is_shown():
+    for reject, words in ((True, "left out: it points elsewhere"), (False, "stands out: it points elsewhere")):
+        shell = opened()
+        shell.probe("a", "b")
+        shell.assign("a", "b")
+        shell.accept("a", "b")
+        scores = {"a": Score(2, 2, -0.25, 1.5), "b": Score(2, 1, 0.125, None)}
+        shell.do(e.UpdatesReviewed("r", shell.key, scores, {"a": "it points elsewhere"}, reject))
+        members = whole(shell.machine)["current"]["devices"]
+        assert members["a"]["review"] == {
+            "others": 2, "against": 2, "agreement": -0.25, "size": 1.5, "outlier": "it points elsewhere", "rejected": reject,
+        }  # fmt: skip
+        assert members["b"]["review"]["outlier"] is None and not members["b"]["review"]["rejected"]
+        text = " ".join(shown(status_view(whole(shell.machine))).split())
+        assert words in text and text.count("out:") == 1
 
 
 def test_a_gathering_run_says_what_it_waits_for_and_a_line_says_where_a_run_stands():

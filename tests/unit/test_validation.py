@@ -162,10 +162,8 @@ def test_the_norm_is_measured_from_what_the_device_started_with(tmp_path: Path) 
 
 def test_only_a_global_start_has_starting_points() -> None:
     adapter = (UnitObject(1, ObjectRef("ab" * 32, 1)), UnitObject(4, ObjectRef("cd" * 32, 1)))
-    fresh = dataclasses.replace(ASSIGNMENT, adapter=adapter)
-    assert starting_points(fresh, Path) == {}
-    other = dataclasses.replace(fresh, spec=dataclasses.replace(SPEC, start=Start.GLOBAL))
-    assert starting_points(other, Path) == {1: Path("ab" * 32), 4: Path("cd" * 32)}
+    assert starting_points(Start.FRESH, adapter, Path) == {}
+    assert starting_points(Start.GLOBAL, adapter, Path) == {1: Path("ab" * 32), 4: Path("cd" * 32)}
 
 
 def test_the_lower_limit_holds() -> None:
