@@ -28,6 +28,7 @@ from common.errors import (
     UpdateRejected,
     WorkerError,
 )
+from common.faults import fault
 from common.transport.wire import Backoff
 from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, Progress, RunSpec, TaskFailed, TaskKey, UnitObject
 from fp_client.cache import ObjectCache
@@ -166,6 +167,7 @@ class Agent:
             self._outbox.drop_task(said.key)
         elif isinstance(said, RunEnded):
             log.info("run %s: %s", said.run, said.outcome)
+            fault("device.run.ended")
             await self._plans.forget(said.run)
             if self._said is not None and self._said.key.run == said.run:
                 await self._drop()
@@ -217,6 +219,7 @@ class Agent:
         try:
             async with self._one:
                 log.info("%s: begins", where)
+                fault("device.task.begin", kind)
                 spec = self._runs.get(key.run)
                 if isinstance(said, ProbeTask):
                     await self._probe(spec, said)
@@ -240,23 +243,29 @@ class Agent:
 
     async def _probe(self, spec: RunSpec, task: ProbeTask) -> None:
         self._guard.probe(spec, task, self._plans.report(spec.run))
+        fault("device.task.allowed", "probe")
         same_weights(spec, await self._work.fingerprint(spec, self._note))
         if self._policy.tells(task):
             adapter = await self._fetch(task.adapter)
+            fault("device.task.fetched", "probe")
             report = self._policy.redact(await self._work.probe(spec, task, adapter, self._note))
         else:
             report = ProbeReport.of_nothing(task.key)
+        fault("device.task.done", "probe")
         self._last_probe = (task, report)
         await self._tell(report)
 
     async def _train(self, spec: RunSpec, task: Assignment) -> None:
         self._guard.assignment(spec, task, self._plans.report(spec.run))
+        fault("device.task.allowed", "train")
         ready = await asyncio.to_thread(self._outbox.find, task)
         if ready is None:
             same_weights(spec, await self._work.fingerprint(spec, self._note))
             adapter = await self._fetch(task.adapter)
+            fault("device.task.fetched", "train")
             out = self._outbox.blank(task.key.run)
             result = await self._work.train(spec, task, adapter, out, self._note)
+            fault("device.task.done", "train")
             ready = await asyncio.to_thread(self._outbox.put, task, out, result.metrics)
         else:
             log.info("run %s, round %d: already trained; pushing the update that was kept", task.key.run, task.key.round + 1)

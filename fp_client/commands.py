@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from common.errors import ConfigError, FedPrunerError
+from common.faults import arm
 from fp_client.config import FILE, ClientConfig
 
 # No markup: messages and paths hold square brackets of their own.
@@ -46,6 +48,7 @@ def only_model(config: ClientConfig, name: str, directory: Path) -> str:
 
 def run_app(app: typer.Typer) -> None:
     """Run a command line: errors of ours become one line and their exit code."""
+    arm(os.environ)
     try:
         app()
     except FedPrunerError as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import PolicyError
+from common.faults import fault
 from common.types import Assignment, PlanReport, ProbeTask, RunSpec, TaskKey
 from fp_client import sanity
 from fp_client.policy import FILE, Policy
@@ -82,6 +83,7 @@ class Guard:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps({"hours": self._hours, "rounds": self._rounds}))
+            fault("device.guard.written")
             temporary.replace(self._path)
         except OSError as error:
             log.warning("%s: can't be written, a restart would count anew: %s", self._path, error.strerror)

@@ -18,6 +18,7 @@ from pathlib import Path
 from time import monotonic
 
 from common.errors import FedPrunerError, UnreachableError
+from common.faults import fault
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ async def tell(directory: Path, server: str, link: Callable[[], Link]) -> None:
 def _write(path: Path, value: object) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value))
+    fault("device.health.written")
     temporary.replace(path)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from common.checkpoint import Checkpoint
 from common.errors import ModelError, StorageError
+from common.faults import fault
 from common.files import disk_full
 from common.tensorfile import TensorFile
 from fp_client.tensors import CHUNK, chunks, read_into_tensor
@@ -89,7 +90,9 @@ class Nf4Store:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            fault("worker.store.write")
             self._write(temporary, layer, modules)
+            fault("worker.store.written")
             temporary.replace(path)
             handle = os.open(self.directory, os.O_RDONLY)
             try:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from common.codec import from_json, to_json
 from common.errors import BY_NAME, BudgetError, FedPrunerError, WorkerError
+from common.faults import fault
 from fp_client.messages import OnProgress, Ready, WorkerConfig
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Worker:
                 self._idle = None
             try:
                 await self._ensure()
+                fault("device.worker.ready", task)
                 reply = await self._exchange({"task": task, "args": to_json(args)}, task, on_progress, predicted)
                 found = from_json(result, reply["result"])
                 if reply.get("worn"):
@@ -139,12 +141,14 @@ class Worker:
             return self.ready
         await self._kill()
         self._last_words.clear()
+        fault("device.worker.start")
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "fp_client.worker",
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env=worker_environment(self.config.threads), limit=_LINE, start_new_session=True,
         )  # fmt: skip
         self._stderr = asyncio.create_task(self._forward(self._process))
+        fault("device.worker.started")
         try:
             async with asyncio.timeout(self.start_seconds):
                 reply = await self._exchange({"config": to_json(self.config)}, "start", None, 0)
@@ -163,6 +167,7 @@ class Worker:
         with contextlib.suppress(ConnectionError):  # a dead worker shows as the end of its output below
             process.stdin.write(json.dumps(message).encode() + b"\n")
             await process.stdin.drain()
+        fault("device.worker.asked", task)
         while True:
             line = await process.stdout.readline()
             if not line.endswith(b"\n"):

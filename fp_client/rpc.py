@@ -20,6 +20,7 @@ import grpc
 import grpc.aio
 
 from common.errors import FedPrunerError, IdentityError, ProtocolError, UnreachableError
+from common.faults import fault
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde, tls, wire
 from fp_client.says import DeviceSays, ServerSays, decode, encode, plain
@@ -128,8 +129,12 @@ class Session:
     async def _send(self, value: DeviceSays) -> None:
         async with self._writing:
             try:
+                message = encode(value)
+                kind = message.WhichOneof("body") or ""
+                fault("device.session.say", kind)
                 async with asyncio.timeout(WRITE_SECONDS):
-                    await self._call.write(encode(value))
+                    await self._call.write(message)
+                fault("device.session.said", kind)
             except TimeoutError:
                 self._call.cancel()
                 raise UnreachableError(f"the server has read nothing for {WRITE_SECONDS:.0f} s") from None
@@ -152,6 +157,7 @@ class Session:
             if message is grpc.aio.EOF:
                 await _ended(self._call, self._translate)
                 return
+            fault("device.session.heard", message.WhichOneof("body") or "")
             yield decode(message)
 
     async def finish(self) -> None:
@@ -267,12 +273,14 @@ class Connection:
 
         Raises UnreachableError, IdentityError (also for an expired certificate), ProtocolError when the schemas differ.
         """
+        fault("device.session.open")
         tls.check_validity(self._certificate)
         async with AsyncExitStack() as held:
             channel = await held.enter_async_context(self.using())
             call: Any = session_pb2_grpc.SessionsStub(channel).Open()
             held.callback(call.cancel)
             welcome = await self._greet(call)
+            fault("device.session.welcome")
             self._refusals = 0
             return Session(call, held.pop_all(), plain(welcome.device, 64), plain(welcome.version, 40), self.translate)
 
@@ -283,6 +291,7 @@ class Connection:
             async with asyncio.timeout(ANSWER_SECONDS):
                 try:
                     await call.write(session_pb2.DeviceMessage(hello=hello))
+                    fault("device.session.hello")
                     message = await call.read()
                 except grpc.aio.AioRpcError as error:
                     raise await self.translate(error) from None

@@ -16,6 +16,7 @@ from typing import Any
 import grpc.aio
 
 from common.errors import DigestError, FedPrunerError, LimitError, OffsetError, ProtocolError, StorageError, UnreachableError
+from common.faults import fault
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde, wire
 from common.types import ObjectRef, UpdateReady
@@ -61,6 +62,7 @@ class Transfer:
             raise ProtocolError(f"object {ref.digest[:12]}: {ref.size} bytes is more than any adapter object ({MAX_OBJECT})")
         part = target.with_name(target.name + ".part")
         tries, corrupt = 0, 0
+        fault("device.fetch.before")
         while True:
             before = part.stat().st_size if part.exists() else 0
             async with self.connection.using() as channel:
@@ -77,7 +79,9 @@ class Transfer:
                     if not isinstance(error, WAITED_OUT):
                         raise error from None
                     tries = await self._pause(tries, part.stat().st_size - before if part.exists() else 0, error)
+        fault("device.fetch.complete")
         part.replace(target)
+        fault("device.fetch.renamed")
 
     async def _fetch_rest(self, channel: grpc.aio.Channel, ref: ObjectRef, part: Path, progress: OnBytes) -> None:
         digest = hashlib.sha256()
@@ -97,6 +101,7 @@ class Transfer:
                         done += len(chunk.data)
                         if done > ref.size:
                             raise DigestError(f"object {ref.digest[:12]}: more than the {ref.size} bytes announced")
+                        fault("device.fetch.chunk")
                         out.write(chunk.data)
                         digest.update(chunk.data)
                         progress(done, ref.size)
@@ -152,6 +157,7 @@ class Transfer:
                     stub = self._stub(channel)
                     request = objects_pb2.OffsetRequest(key=serde.key_to_pb(ready.key), ref=serde.ref_to_pb(ready.ref))
                     reply = await stub.Offset(request, timeout=ANSWER_SECONDS)
+                    fault("device.push.offset")
                     if reply.accepted:
                         return True
                     if reply.offset > ready.ref.size:
@@ -161,6 +167,7 @@ class Transfer:
                     best, at = max(best, reply.offset), reply.offset
                     allowed(sent + ready.ref.size - reply.offset)
                     done = await stub.Push(_pieces(ready, reply.offset, path, note))
+                    fault("device.push.acked")
                     return bool(done.duplicate)
                 except grpc.aio.AioRpcError as raw:
                     error = await self.connection.translate(raw, channel)
@@ -182,11 +189,14 @@ class Transfer:
 
 
 async def _pieces(ready: UpdateReady, offset: int, path: Path, progress: OnBytes) -> AsyncIterator[objects_pb2.PushMessage]:
+    fault("device.push.start")
     yield objects_pb2.PushMessage(header=serde.ready_to_pb(ready, offset))
     with path.open("rb") as file:
         file.seek(offset)
         done = offset
         while piece := file.read(wire.CHUNK):
             yield objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=piece))
+            fault("device.push.middle")
             done += len(piece)
             progress(done, ready.ref.size)
+    fault("device.push.end")

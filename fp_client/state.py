@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.codec import from_json, to_json
 from common.errors import NotFound
+from common.faults import fault
 from common.files import digest_file
 from common.types import Assignment, ObjectRef, RunSpec, TaskKey, UpdateMetrics, UpdateReady
 from fp_client.cache import storage_error
@@ -21,14 +22,17 @@ KEPT = 32
 
 
 def _write(path: Path, value: object) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, kind = path.with_name(path.name + ".tmp"), path.parent.name
     try:
+        fault("device.state.write", kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w") as out:
             json.dump(value, out)
             out.flush()
             os.fsync(out.fileno())
+        fault("device.state.written", kind)
         temporary.replace(path)
+        fault("device.state.renamed", kind)
     except OSError as error:
         raise storage_error(path, error) from None
 
@@ -83,6 +87,7 @@ class Outbox:
         self.drop(run)
         try:
             update.replace(self.path(run))
+            fault("device.outbox.moved")
         except OSError as error:
             raise storage_error(self.path(run), error) from None
         _write(self.directory / f"{run}.json", {"work": work_digest(task), "ready": to_json(ready)})
@@ -114,5 +119,6 @@ class Outbox:
 
     def drop(self, run: str) -> None:
         """Drop a run's update; the note goes first, so that no note ever names bytes that are gone or others."""
-        for path in (self.directory / f"{run}.json", self.path(run)):
-            path.unlink(missing_ok=True)
+        (self.directory / f"{run}.json").unlink(missing_ok=True)
+        fault("device.outbox.dropped")
+        self.path(run).unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from common.blocks import write_blocks
 from common.checkpoint import Checkpoint
 from common.codec import from_json
 from common.errors import BudgetError, ModelError, ProtocolError, StorageError, WorkerError
+from common.faults import fault
 from common.types import Assignment, Gradient, ProbeReport, TaskKey, UpdateMetrics
 from fp_client import batches as data
 from fp_client import measure, memory, planner
@@ -206,7 +207,9 @@ class Tasks:
             measured = self._fidelity(checkpoint, assignment, adapter, batches[0], progress) if spec.fidelity else None
             with self._trainer(checkpoint, assignment, adapter, predicted, progress) as trainer:
                 found = train(trainer, batches, spec, assignment.micro_batch, progress)
+            fault("worker.update.write")
             write_blocks(Path(args.out), found.blocks)
+            fault("worker.update.written")
         metrics = UpdateMetrics(
             found.loss_first, found.loss_last, found.tokens_per_second, predicted.peak, peak.bytes, found.seconds,
             predicted.step_seconds, found.step_seconds,

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from common.codec import from_json, to_json
 from common.errors import BudgetError, FedPrunerError, WorkerError
+from common.faults import arm, fault
 from fp_client.messages import Ready, WorkerConfig
 
 
@@ -49,6 +50,7 @@ class Channel:
     def progress(self, phase: str, done: int, total: int) -> None:
         """A sign of life."""
         self.send({"progress": [phase, done, total]})
+        fault("worker.task.step", phase)
 
 
 def report(error: BaseException) -> dict[str, Any]:
@@ -66,11 +68,13 @@ def report(error: BaseException) -> dict[str, Any]:
 
 def serve(channel: Channel) -> int:
     """Start up, then do tasks until the daemon goes away."""
+    fault("worker.start")
     try:
         config = from_json(WorkerConfig, channel.receive()["config"])
         from fp_client.tasks import Tasks  # torch and the rest are imported here, where errors can be reported
 
         tasks = Tasks(config)
+        fault("worker.ready")
         channel.send({"ready": to_json(Ready(os.getpid(), tasks.warmed_bytes, config.device))})
     except Exception as error:
         channel.send(report(error))
@@ -78,8 +82,12 @@ def serve(channel: Channel) -> int:
     while True:
         try:
             message = channel.receive()
-            result = tasks.run(str(message.get("task")), message.get("args"), channel.progress)
+            kind = str(message.get("task"))
+            fault("worker.task.begin", kind)
+            result = tasks.run(kind, message.get("args"), channel.progress)
+            fault("worker.task.done", kind)
             channel.send({"result": to_json(result), "worn": tasks.worn})
+            fault("worker.task.said", kind)
         except Exception as error:
             channel.send(report(error))
             del error
@@ -95,6 +103,7 @@ def volunteer() -> None:
 
 def main() -> int:
     """Volunteer, claim the descriptors, then serve."""
+    arm(os.environ)
     volunteer()
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

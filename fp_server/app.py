@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from common import config as configuration
 from common.ending import CLOSING, end_within
 from common.errors import ConfigError, FedPrunerError, InUseError, StorageError
+from common.faults import fault
 from common.pb import admin_pb2_grpc, enroll_pb2_grpc, objects_pb2_grpc, session_pb2_grpc
 from common.transport.tls import ServerCertificate, exposed, private_directory
 from common.transport.wire import SERVER_OPTIONS, options
@@ -124,6 +125,7 @@ def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredent
 async def serve(directory: Path) -> None:
     """Run until SIGTERM or SIGINT. Raises InUseError, StorageError, IdentityError or ConfigError at the start."""
     with locked(directory):
+        fault("server.start.locked")
         config = configuration.load(directory / "server.toml", ServerConfig)
         database = Database(directory / "log.sqlite")
         try:
@@ -213,8 +215,10 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     await main.start()
     await enroll.start()
     await checks.set("", health_pb2.HealthCheckResponse.SERVING)
+    fault("server.start.listening")
     temporary = directory / f"{FILE}.tmp"
     temporary.write_text(json.dumps(asdict(Endpoint(port, enroll_port, local_host(config.listen)))))
+    fault("server.endpoint.written")
     temporary.replace(directory / FILE)
     logger.info("serving %s on port %d (enrollment on %d)", ", ".join(config.names), port, enroll_port)
     watching = [asyncio.create_task(work) for work in (_stay_valid(directory, own), access.watch())]
@@ -224,9 +228,11 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     deadline = time.monotonic() + max(0.0, config.grace_seconds - CLOSING)
     logger.info("stopping: what is being received or aggregated has %.0f s", deadline - time.monotonic())
     await checks.enter_graceful_shutdown()
+    fault("server.stop.draining")
     await coordinator.drain()
     patience = max(0.0, deadline - time.monotonic())
     await asyncio.gather(main.stop(patience), enroll.stop(patience))  # no new calls from here on
+    fault("server.stop.closed")
     await coordinator.stop(max(0.0, deadline - time.monotonic()))
     await asyncio.gather(*watching, return_exceptions=True)
     with contextlib.suppress(StorageError):

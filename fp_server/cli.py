@@ -22,6 +22,7 @@ from rich.text import Text
 
 from common.ending import leave_on_sigterm
 from common.errors import ConfigError, FedPrunerError
+from common.faults import arm
 from fp_server import cli_access, cli_data
 from fp_server.cli_common import HERE, Directory, Json, err, out
 
@@ -260,6 +261,7 @@ cli_data.register(app)
 
 def main() -> None:
     """Entry point: errors of ours become one line and their exit code."""
+    arm(os.environ)
     try:
         app()
     except FedPrunerError as error:

@@ -25,6 +25,7 @@ from common.errors import (
     TooLate,
     UnreachableError,
 )
+from common.faults import fault
 from fp_server import audit, damage, folding
 from fp_server import events as e
 from fp_server.audit import SERVER
@@ -129,7 +130,9 @@ class Coordinator:
                 self.active = machine
             else:
                 self._kept |= machine.references()
+        fault("server.start.folded")
         self._sweep()
+        fault("server.start.swept")
         if self.active is not None:
             logger.info("run %s taken up again: %s", self.active.name, self.active.phase)
             await self.post(Recovered())
@@ -279,6 +282,8 @@ class Coordinator:
                     tell(item)
                 before = machine.references() if isinstance(item, _FREEING) else frozenset()
                 commands = machine.handle(item, now)
+                if isinstance(item, e.Event):
+                    fault("server.machine.handled", type(item).__name__)
                 if machine.ended is not None:
                     self._kept |= machine.references()
                 if gone := before - machine.references() - self._kept:  # durable: nothing will ask for them again

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.blocks import block_names, key, read_block, write_blocks
 from common.errors import ConfigError, NotFound, StorageError
+from common.faults import fault
 from common.tensorfile import TensorFile, TensorWriter
 from common.types import LoraBlock, ModelManifest
 from fp_server.ledger import open_ledger, read_delta
@@ -41,10 +42,12 @@ def export_peft(
         try:
             dropped = _export(ledgers, manifest, work, base_model_name, rank)
             work.chmod(0o755)
+            fault("server.export.written")
             work.rename(out_dir)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
+        fault("server.export.renamed")
         _sync(out_dir.parent)
     except OSError as error:
         raise StorageError(f"{out_dir}: the export could not be written: {error.strerror}") from None
@@ -70,11 +73,13 @@ def _export(
                     dropped[module_name(layer, module.name)] = lost
         scratch[layer] = work / f"layer-{layer}.safetensors"
         write_blocks(scratch[layer], blocks)
+        fault("server.export.layer")
     if not ranks:
         raise NotFound("nothing to export: no layer has been trained yet")
     _join(scratch, work / "adapter_model.safetensors")
     for path in scratch.values():
         path.unlink()
+    fault("server.export.joined")
     config = work / "adapter_config.json"
     config.write_text(json.dumps(adapter_config(ranks, base_model_name), indent=2, sort_keys=True) + "\n")
     _sync(config)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.errors import NotFound, StorageError
+from common.faults import fault
 from fp_server import chain
 from fp_server.chain import Head
 from fp_server.events import Event, decode, encode
@@ -160,6 +161,7 @@ class EventLog:
         when = time.time() if at is None else at
 
         def work(c: sqlite3.Connection) -> None:
+            fault("server.log.append.before", kind, sqlite3.OperationalError)
             last = chain.fill(c)
             row = (last.seq + 1, event.run, when, kind, body)
             c.execute(
@@ -168,8 +170,10 @@ class EventLog:
             )
             if also is not None:
                 also(c)
+            fault("server.log.append.written", kind, sqlite3.OperationalError)
 
         await self._database.transact(work)
+        fault("server.log.append.after", kind)
 
     def enter(self, also: Also) -> None:
         """Write what is no event, in a transaction of its own. Raises StorageError. Not for the event loop: it waits."""

@@ -17,6 +17,7 @@ from io import FileIO
 from pathlib import Path
 
 from common.errors import DamagedError, DigestError, NotFound, StorageError
+from common.faults import fault
 from common.files import digest_file, disk_full
 from common.types import ObjectRef
 
@@ -144,6 +145,7 @@ class ObjectStore:
             with self._changing:
                 if self._adoptions.get(digest, 0) <= mark:
                     self._adoptions.pop(digest, None)
+                    fault("server.object.discard")
                     (self._objects / digest[:2] / digest).unlink(missing_ok=True)
 
     def sweep(self, wanted: Collection[str], arriving: Collection[str]) -> int:
@@ -170,12 +172,17 @@ class ObjectStore:
                 return ObjectRef(digest, size)
             if not target.parent.is_dir():
                 target.parent.mkdir(exist_ok=True)
+                fault("server.object.folder")
                 sync_directory(self._objects)
+            fault("server.object.finished")
             with source.open("rb") as file:
                 os.fsync(file.fileno())
+            fault("server.object.synced")
             source.replace(target)
+            fault("server.object.renamed")
             target.chmod(0o444)
             sync_directory(target.parent)
+            fault("server.object.stored")
         except OSError as error:
             raise storage_error(source, error) from None
         return ObjectRef(digest, size)
@@ -242,9 +249,11 @@ class Arrival:
         if self._file.tell() + len(data) > self.ref.size:
             raise DigestError(f"the push holds more than the {self.ref.size} bytes it announced")
         try:
+            fault("server.object.arriving")
             view = memoryview(data)
             while view:
                 view = view[self._file.write(view) :]
+            fault("server.object.arrived")
         except OSError as error:
             raise storage_error(self.path, error) from None
         self._hash.update(data)

@@ -13,6 +13,7 @@ import grpc.aio
 
 from common.bucket import Bucket
 from common.errors import FedPrunerError, ProtocolError
+from common.faults import fault
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde
 from common.transport.wire import errors_to_status
@@ -44,6 +45,7 @@ class Sessions(session_pb2_grpc.SessionsServicer):
                 peer.name, context, session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION))
             )
             session = Session(peer.name)
+            fault("server.session.welcome")
             try:
                 await self._coordinator.connect(session)
                 await self._serve(session, context)
@@ -63,7 +65,11 @@ class Sessions(session_pb2_grpc.SessionsServicer):
                 command = speaking.result()
                 if isinstance(command, FedPrunerError):
                     raise command
-                await _say(session.device, context, _encode(command))
+                message = _encode(command)
+                kind = message.WhichOneof("body") or ""
+                fault("server.session.say", kind)
+                await _say(session.device, context, message)
+                fault("server.session.said", kind)
         finally:
             if speaking is not None:
                 speaking.cancel()
@@ -81,6 +87,7 @@ class Sessions(session_pb2_grpc.SessionsServicer):
     async def _hear(self, device: str, message: session_pb2.DeviceMessage) -> None:
         """One message. What does not decode costs the device this round and not its session."""
         coordinator, kind = self._coordinator, message.WhichOneof("body")
+        fault("server.session.heard", kind or "")
         act: Coroutine[Any, Any, None] | None = None
         try:
             match kind:

@@ -8,6 +8,7 @@ from typing import Any
 import grpc.aio
 
 from common.errors import FedPrunerError, NotFound, OffsetError, ProtocolError, StorageError, UpdateRejected
+from common.faults import fault
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer
@@ -55,10 +56,12 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             size = (await self._coordinator.readable(request.digest)).stat().st_size
             if request.offset > size:
                 raise ProtocolError(f"object {request.digest[:16]}… has {size} bytes; there is no byte {request.offset}")
+            fault("server.fetch.before")
             chunks = self._coordinator.store.chunks(request.digest, request.offset, CHUNK)
             while chunk := await asyncio.to_thread(next, chunks, b""):
                 self._coordinator.fetched(len(chunk))
                 await context.write(objects_pb2.Chunk(data=chunk))
+                fault("server.fetch.chunk")
 
     async def Offset(self, request: objects_pb2.OffsetRequest, context: Context) -> objects_pb2.OffsetReply:  # noqa: N802
         """How much of an update has arrived."""
@@ -88,7 +91,9 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 if first is grpc.aio.EOF or first.WhichOneof("body") != "header":
                     raise ProtocolError("a push must begin with its header")
                 ready = serde.ready_from_pb(first.header)
+                fault("server.push.header")
                 reply = await self._receive(peer, ready, first.header.offset, context)
+                fault("server.push.accepted")
                 self._coordinator.note("objects")
                 return reply
             except StorageError as error:  # what has arrived is kept, and the device tries again
@@ -130,6 +135,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 await self._append(device, ready, arrival, context)
             finally:
                 await asyncio.shield(asyncio.to_thread(arrival.close))
+        fault("server.push.complete")
         path = await asyncio.to_thread(arrival.finish)
         try:
             norm = norm_limit(machine.config.limits.max_update_norm, self._coordinator.config.max_update_norm)
@@ -142,8 +148,10 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             arrival.discard()
             await reject(self._coordinator, device, ready.key, error)
             raise
+        fault("server.push.checked")
         self._access.authority.check(peer, "device")  # it may have been revoked a moment ago
         await asyncio.to_thread(arrival.adopt)
+        fault("server.push.stored")
         return objects_pb2.PushReply(duplicate=await accept(self._coordinator, device, ready))
 
     async def _append(self, device: str, ready: UpdateReady, arrival: Arrival, context: Context) -> None:

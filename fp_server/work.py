@@ -16,6 +16,7 @@ import numpy as np
 from common.blocks import block_names, key
 from common.config import check, parse
 from common.errors import BudgetError, TooLate
+from common.faults import fault
 from common.tensorfile import TensorFile
 from common.types import Gradient, ModelManifest, Part, Start, TaskKey, UnitId, unit_modules
 from fp_server import events as e
@@ -63,6 +64,7 @@ def current_round(machine: RunMachine, task: TaskKey) -> Round:
 
 def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
     """The method's choice of units for one device (paper §3.1, §3.2). Raises BudgetError when nothing fits, TooLate."""
+    fault("server.choose.before")
     current = current_round(machine, task)
     probe, report = current.members[device].probe, machine.plans[device].report
     capacity = machine.capacity(device)
@@ -79,6 +81,7 @@ def choose_units(machine: RunMachine, task: TaskKey, device: str) -> e.Assigned:
     )  # fmt: skip
     rng = rng_for(config.run.seed, task.round, device, f"plan/{task.attempt}")
     draw = METHODS[config.run.method].plan(inputs, rng)
+    fault("server.choose.after")
     return e.Assigned(
         machine.name,
         task,
@@ -101,6 +104,7 @@ def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, byte
     holders than its feed-forward modules. Raises StorageError (disk full), or DamagedError (a ledger object); then nothing
     has changed and it can be tried again. Raises LostUpdates for damaged updates, TooLate when the run was stopped.
     """
+    fault("server.aggregate.before")
     current = current_round(machine, task)
     config, manifest = machine.config, machine.manifest
     accepted = {d: m.accepted for d, m in sorted(current.members.items()) if m.accepted is not None and m.counts}
@@ -120,10 +124,12 @@ def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, byte
         try:
             out = scratch.file()
             aggregate_layer(layer, manifest, contributions, previous, out, config.lora.start, given)
+            fault("server.aggregate.ledger")
             new_ledger = store.adopt(out)
             out = scratch.file()
             dropped = broadcast_layer(store.path(new_ledger.digest), layer, manifest, config.lora.broadcast_rank, out)
             energy = _dropped_energy(out, dropped)
+            fault("server.aggregate.broadcast")
             new_broadcast = store.adopt(out)
         except OSError as error:
             raise storage_error(store.scratch, error) from None
@@ -133,6 +139,7 @@ def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, byte
         parts = () if used[0].unit.part is Part.LAYER else used
         commits.append(e.UnitCommit(layer, new_ledger, new_broadcast, holders, energy, parts))
     committed = {commit.layer for commit in commits}
+    fault("server.aggregate.after")
     return e.RoundCommitted(
         machine.name,
         task,
