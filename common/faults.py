@@ -65,6 +65,8 @@ POINTS: dict[str, str] = {
     # The server's slow work.
     "server.choose.before": "a probe is in; units are about to be chosen",
     "server.choose.after": "units are chosen; no event says so yet",
+    "server.review.before": "a round is closed; its updates are about to be compared",
+    "server.review.after": "the updates are compared; no event says so yet",
     "server.aggregate.before": "a round is closed; its updates are about to be stacked",
     "server.aggregate.ledger": "a layer's new ledger lies in scratch/",
     "server.aggregate.broadcast": "a layer's new broadcast adapter lies in scratch/",

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from common.blocks import read_block
+from common.faults import fault
 from common.tensorfile import TensorFile
 from common.types import TaskKey, UnitId, unit_modules
 from fp_server import events as e
-from fp_server.damage import check_updates
+from fp_server.damage import check_updates, for_devices
 from fp_server.objects import ObjectStore
 from fp_server.outliers import Score, Shared, judge
 from fp_server.products import Product, inner_products, moved
@@ -25,8 +26,11 @@ PANEL = 64
 
 
 def review_round(machine: RunMachine, store: ObjectStore, key: TaskKey) -> e.UpdatesReviewed:
-    """What the accepted updates of a closed round say of each other. Raises LostUpdates for damaged ones, TooLate when the
-    run was stopped."""
+    """What the accepted updates of a closed round say of each other.
+
+    Raises LostUpdates for damaged ones, DamagedError when what they started with is lost, TooLate when the run was stopped.
+    """
+    fault("server.review.before")
     current, config = current_round(machine, key), machine.config
     updates = {d: m.accepted for d, m in sorted(current.members.items()) if m.accepted is not None}
     check_updates(store, updates)
@@ -40,6 +44,7 @@ def review_round(machine: RunMachine, store: ObjectStore, key: TaskKey) -> e.Upd
         panel = {device: store.path(accepted[device]) for device in sorted(order[index::panels])}
         found = judge(_shared(machine, store, key, panel), config.limits.max_norm_ratio)
         scores, outliers = scores | found[0], outliers | found[1]
+    fault("server.review.after")
     return e.UpdatesReviewed(
         machine.name, key, dict(sorted(scores.items())), dict(sorted(outliers.items())), config.limits.outliers == "reject"
     )
@@ -56,9 +61,10 @@ def _shared(machine: RunMachine, store: ObjectStore, key: TaskKey, panel: dict[s
         for unit in chosen.units:
             holders.setdefault(unit, []).append(device)
     found: list[Shared] = []
+    whole = partial(for_devices, machine, store)
     with ExitStack() as stack:
         files = {device: stack.enter_context(TensorFile(path)) for device, path in panel.items()}
-        starts = Starts(config.lora.rank, manifest, starting_points(config.lora.start, machine.objects(), store.path))
+        starts = Starts(config.lora.rank, manifest, starting_points(config.lora.start, machine.objects(), whole))
         stack.callback(starts.close)
         for unit, devices in sorted(holders.items()):
             for module in unit_modules(unit, targets):

@@ -142,7 +142,9 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             starts = starting_points(assignment.spec.start, assignment.adapter, self._coordinator.store.path)
             async with self._checking:
                 await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm, starts)
-        except StorageError:  # what the device started with can't be read: the server's trouble, and it tries again
+        except StorageError:  # what the device started with can't be read: the server's trouble; the device tries again
+            for unit in assignment.adapter:
+                await self._coordinator.readable(unit.ref.digest)
             raise
         except FedPrunerError as error:
             arrival.discard()

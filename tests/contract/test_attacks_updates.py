@@ -6,9 +6,10 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
+import grpc.aio
 import numpy as np
 import pytest
-from server_side import Device, Server, blocks_of, fetch, run_toml, seeded, whole_run
+from server_side import Device, Server, blocks_of, error_name, fetch, ready_for, run_toml, seeded, whole_run
 
 from common.blocks import read_blocks, write_blocks
 
@@ -90,6 +91,29 @@ def test_a_norm_is_measured_from_the_factors_a_device_continued(server):
     status = asyncio.run(whole_run(server, devices, run_toml("global", rounds=3, limits_max_update_norm=25.0)))
     assert [entry["weights"].get("bob") for entry in status["history"][:3]] == [40, 40, None]
     assert "away from where it started, at most 25 counts" in status["history"][2]["devices"]["bob"]["message"]
+
+
+def test_where_the_starting_point_is_damaged_it_is_made_again_and_the_update_still_counts(server):
+    """Nobody's fault but the disk's: the push is refused for now, and passes when the device tries again."""
+    said = []
+
+    async def make(assignment, device):
+        data = device.honest(assignment)
+        if assignment.key.round == 1:
+            for item in assignment.adapter:
+                path = server.directory / "objects" / item.ref.digest[:2] / item.ref.digest
+                path.chmod(0o600)
+                path.write_bytes(b"\xff" * item.ref.size)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async with server.channel(device.name) as channel:
+                    await device.push(channel, ready_for(assignment.key, data), data)
+            said.append(error_name(caught.value))
+        return data
+
+    bob = Device(server, "bob", make=make)
+    status = asyncio.run(whole_run(server, [Device(server, "alice"), bob], run_toml("global")))
+    assert said and all(name in ("StorageError", "DamagedError") for name in said)
+    assert [entry["weights"] for entry in status["history"][:2]] == [{"alice": 40, "bob": 40}] * 2
 
 
 def test_an_inflated_sample_count_buys_no_more_than_the_operators_cap(strict):

@@ -246,6 +246,17 @@ def test_a_round_with_too_few_updates_after_the_review_is_drawn_again():
     assert shell.machine.paused is not None, "as often as run.max_attempts allows"
 
 
+def test_a_round_that_lost_an_update_is_compared_again_when_it_closes_again():
+    shell = closed("a", "b", "c")
+    shell.review("b")
+    shell.do(e.UpdatesLost("r", shell.key, {"c": "it is damaged"}))
+    assert shell.machine.current.closed is None and shell.stage("c") is Stage.TRAINING
+    assert kinds(shell.do(accepted(shell.key, "c", 1))) == ["Review"]
+    assert all(m.counts for m in shell.machine.current.members.values()), "what was found is of other updates"
+    assert kinds(shell.review("c")) == ["Aggregate"]
+    assert [d for d, m in shell.machine.current.members.items() if m.counts] == ["a", "b"]
+
+
 def test_without_the_rule_a_closed_round_is_aggregated_at_once():
     shell = Shell('[limits]\noutliers = "off"\n')
     shell.join("a", "b")
