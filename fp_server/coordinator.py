@@ -59,6 +59,8 @@ TICK = 0.5
 """Seconds between looks at the clock."""
 _FREEING = (e.RoundCommitted, e.RoundClosed, e.UpdatesReviewed, e.RunEnded)
 """Events after which objects may be needed no more."""
+COLLECT = 3600.0
+"""Seconds between looks for objects that nothing refers to, and how old these must be."""
 STOPPING = "the server is stopping; try again later"
 KEPT = 16
 """Ended runs whose folded state is kept for whoever asks."""
@@ -137,15 +139,45 @@ class Coordinator:
             logger.info("run %s taken up again: %s", self.active.name, self.active.phase)
             await self.post(Recovered())
         self._spawn(self._tick())
+        self._spawn(self._collect())
+
+    def _wanted(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The objects that any run needs, and the devices that are expected to push."""
+        if self.active is None:
+            return self._kept, frozenset()
+        arriving = frozenset(d for d in self.active.plans if isinstance(self.active.task(d), SendAssignment))
+        return self._kept | self.active.references(), arriving
 
     def _sweep(self) -> None:
-        """Remove what a crash left behind, and what older versions never removed."""
-        wanted, arriving = self._kept, set[str]()
-        if self.active is not None:
-            wanted |= self.active.references()
-            arriving = {d for d in self.active.plans if isinstance(self.active.task(d), SendAssignment)}
-        if removed := self.store.sweep(wanted, arriving):
+        """At a start: remove what a crash left behind, and what older versions never removed."""
+        if removed := self.store.sweep(*self._wanted()):
             logger.info("%d objects that nothing refers to were removed", removed)
+
+    async def _collect(self) -> None:
+        """The same while it works, of what is old enough: what a failed removal or a broken-off push has left."""
+        while True:
+            await asyncio.sleep(COLLECT)
+            wanted, arriving = self._wanted()
+            try:
+                loop = asyncio.get_running_loop()
+                removed = await loop.run_in_executor(self._heavy, self.store.sweep, wanted, arriving, COLLECT)
+            except OSError as error:
+                logger.warning("objects that nothing refers to can't be removed: %s", error)
+            else:
+                if removed:
+                    logger.info("%d objects that nothing refers to were removed", removed)
+
+    def let_go(self, digest: str) -> None:
+        """An object was adopted that no event will refer to."""
+        if digest not in self._wanted()[0]:
+            self._spawn(self._discard(frozenset({digest}), self.store.mark))
+
+    async def _clear_arrivals(self, arriving: frozenset[str], before: float) -> None:
+        """What has come in part and can't count any more must not take the disk of what can."""
+        try:
+            await asyncio.to_thread(self.store.sweep_arrivals, arriving, before)
+        except OSError as error:
+            logger.warning("updates in part can't be removed: %s", error)
 
     async def _discard(self, digests: frozenset[str], mark: int) -> None:
         try:  # in the thread that aggregates: what is being read stays until that is over
@@ -286,6 +318,8 @@ class Coordinator:
                     fault("server.machine.handled", type(item).__name__)
                 if machine.ended is not None:
                     self._kept |= machine.references()
+                if isinstance(item, (*_FREEING, e.DeviceDropped)):
+                    self._spawn(self._clear_arrivals(self._wanted()[1], time.time()))
                 if gone := before - machine.references() - self._kept:  # durable: nothing will ask for them again
                     self._spawn(self._discard(gone, self.store.mark))
                 for command in commands:

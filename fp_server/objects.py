@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -51,7 +52,8 @@ class ObjectStore:
         self.quarantined: Callable[[str, str], None] = lambda digest, why: None
         """Told of every object that is moved to quarantine, in the thread that found it."""
         self._changing = threading.Lock()
-        self._adoptions: dict[str, int] = {}
+        self._adoptions: dict[str, tuple[int, float]] = {}
+        """Digest -> the how-manieth adoption it was, and when by the monotonic clock."""
         self._count = 0
         for path in () if reading else (self._objects, self.partial, self.scratch):
             path.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,7 @@ class ObjectStore:
             raise storage_error(source, error) from None
         with self._changing:
             self._count += 1
-            self._adoptions[digest] = self._count
+            self._adoptions[digest] = self._count, time.monotonic()
             return self._adopt(source, digest)
 
     @property
@@ -143,22 +145,34 @@ class ObjectStore:
         """Remove objects nothing refers to any more, unless they were adopted again after `mark` was taken."""
         for digest in digests:
             with self._changing:
-                if self._adoptions.get(digest, 0) <= mark:
+                if self._adoptions.get(digest, (0, 0.0))[0] <= mark:
                     self._adoptions.pop(digest, None)
                     fault("server.object.discard")
                     (self._objects / digest[:2] / digest).unlink(missing_ok=True)
 
-    def sweep(self, wanted: Collection[str], arriving: Collection[str]) -> int:
-        """At a start: remove all objects but `wanted` and what came in part from devices not in `arriving`; how many."""
-        removed = 0
+    def sweep(self, wanted: Collection[str], arriving: Collection[str], older_than: float = 0.0) -> int:
+        """Remove all objects but `wanted`, and what came in part from devices not in `arriving`; how many objects.
+
+        `older_than`: seconds. While a server works, an object may be there a moment before the event that refers to it.
+        """
+        removed, before = 0, time.monotonic() - older_than
         for path in self._objects.glob("??/*"):
-            if path.name not in wanted:
-                path.unlink()
-                removed += 1
+            with self._changing:
+                if path.name not in wanted and self._adoptions.get(path.name, (0, 0.0))[1] <= before:
+                    path.unlink(missing_ok=True)
+                    self._adoptions.pop(path.name, None)
+                    removed += 1
+        self.sweep_arrivals(arriving, time.time() - older_than)
+        return removed
+
+    def sweep_arrivals(self, arriving: Collection[str], before: float) -> None:
+        """Remove what came in part, before a time (seconds since the epoch), from devices that are not expected to push."""
         for directory in self.partial.iterdir():
             if directory.name not in arriving:
-                self.discard_arrivals(directory.name)
-        return removed
+                for path in directory.iterdir():
+                    with contextlib.suppress(FileNotFoundError):
+                        if path.stat().st_mtime <= before:
+                            path.unlink()
 
     def _adopt(self, source: Path, digest: str) -> ObjectRef:
         try:

@@ -7,13 +7,13 @@ from typing import Any
 
 import grpc.aio
 
-from common.errors import FedPrunerError, NotFound, OffsetError, ProtocolError, StorageError, UpdateRejected
+from common.errors import AlreadyDone, FedPrunerError, NotFound, OffsetError, ProtocolError, StorageError, TooLate, UpdateRejected
 from common.faults import fault
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer
 from common.transport.wire import CHUNK, errors_to_status
-from common.types import UpdateReady
+from common.types import Start, UpdateReady
 from fp_server import commands as c
 from fp_server.access import Access, Context
 from fp_server.coordinator import Coordinator
@@ -139,7 +139,9 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         path = await asyncio.to_thread(arrival.finish)
         try:
             norm = norm_limit(machine.config.limits.max_update_norm, self._coordinator.config.max_update_norm)
-            starts = starting_points(assignment.spec.start, assignment.adapter, self._coordinator.store.path)
+            given = assignment.adapter if assignment.spec.start is Start.GLOBAL else ()
+            paths = {unit.ref.digest: await self._coordinator.readable(unit.ref.digest) for unit in given}
+            starts = starting_points(assignment.spec.start, assignment.adapter, paths.__getitem__)
             async with self._checking:
                 await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm, starts)
         except StorageError:  # what the device started with can't be read: the server's trouble; the device tries again
@@ -154,7 +156,11 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         self._access.authority.check(peer, "device")  # it may have been revoked a moment ago
         await asyncio.to_thread(arrival.adopt)
         fault("server.push.stored")
-        return objects_pb2.PushReply(duplicate=await accept(self._coordinator, device, ready))
+        try:
+            return objects_pb2.PushReply(duplicate=await accept(self._coordinator, device, ready))
+        except (TooLate, NotFound, AlreadyDone):  # since a moment ago
+            self._coordinator.let_go(ready.ref.digest)
+            raise
 
     async def _append(self, device: str, ready: UpdateReady, arrival: Arrival, context: Context) -> None:
         reported = 0

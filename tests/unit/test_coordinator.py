@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import threading
 
 import numpy as np
@@ -247,7 +248,7 @@ def test_a_run_stopped_while_it_is_aggregated_leaves_nothing_behind(tmp_path, da
         await coordinator.post(e.RunEnded("r", "stopped", "by hand"))
         stopped.set()
         async with asyncio.timeout(10):
-            while len(coordinator._tasks) > 1:  # the clock's goes on  # noqa: ASYNC110
+            while len(coordinator._tasks) > 2:  # the clock's and the collector's go on  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert machine.ended is not None and machine.ledger == {} and coordinator.problem == ""
 
@@ -296,3 +297,72 @@ def test_a_restart_takes_the_run_up_again(tmp_path, database):
             await coordinator.stop()
 
     asyncio.run(second())
+
+
+def test_an_object_may_be_there_a_moment_before_what_refers_to_it(tmp_path):
+    """A look while the server works leaves what was adopted just now, also when the wall clock has jumped."""
+    store = ObjectStore(tmp_path)
+
+    def put(text: str) -> str:
+        (store.scratch / "x").write_text(text)
+        return store.adopt(store.scratch / "x").digest
+
+    old = put("old")
+    wanted = put("wanted")
+    again = ObjectStore(tmp_path)  # what an earlier process has adopted
+    store = again
+    new = put("new")
+    os.utime(again.path(new), (0, 0))
+    assert again.sweep({wanted}, (), older_than=60.0) == 1
+    assert not again.has(old) and again.has(new) and again.has(wanted)
+    put("new")
+    assert again.sweep({wanted}, (), older_than=60.0) == 0
+    assert again.sweep({wanted}, ()) == 1 and not again.has(new)
+
+
+def test_what_has_come_in_part_goes_when_it_can_not_count_any_more(tmp_path, database):
+    """Of a device that was dropped, and of all when the round is closed; not of one that still pushes."""
+
+    async def body(coordinator):
+        def half(device):
+            (tmp_path / "partial" / device).mkdir(exist_ok=True)
+            (tmp_path / "partial" / device / "half").write_text("half")
+
+        def there():
+            return sorted(path.parent.name for path in (tmp_path / "partial").glob("*/half"))
+
+        async def until(wanted):
+            async with asyncio.timeout(10):
+                while there() != wanted:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+        for device in "ab":
+            await coordinator.connect(Session(device))
+            await plan_reported(coordinator, device, report())
+        key = coordinator.active.current.opened.key
+        for device in "ab":
+            await coordinator.post(probed(key, device))
+            async with asyncio.timeout(10):
+                while coordinator.active.current.members[device].assigned is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        for device in ("a", "b", "gone"):
+            half(device)
+        await coordinator.post(e.DeviceDropped("r", key, "a", "UnreachableError", "no progress"))
+        await until(["b"])
+        await coordinator.post(e.RunEnded("r", "stopped", "by hand"))
+        await until([])
+
+    with_coordinator(tmp_path, database, body)
+
+
+def test_what_was_adopted_too_late_goes_at_once(tmp_path, database):
+    async def body(coordinator):
+        coordinator.store = store = ObjectStore(tmp_path)
+        (store.scratch / "x").write_text("x")
+        digest = store.adopt(store.scratch / "x").digest
+        coordinator.let_go(digest)
+        async with asyncio.timeout(10):
+            while store.has(digest):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    with_coordinator(tmp_path, database, body)
