@@ -82,9 +82,13 @@ def initialise(directory: Path, names: list[str], listen: str, port: int, enroll
     finally:
         database.close()
     temporary = directory / "server.toml.tmp"
-    temporary.write_text(text)
+    with temporary.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     temporary.replace(directory / "server.toml")
     sync_directory(directory)
+    sync_directory(directory.absolute().parent)
 
 
 @contextlib.contextmanager
