@@ -101,7 +101,7 @@ class Plans:
             return await self._work.fingerprint(self._guard.policy.bounded(spec), self._note)
 
     async def _lasting(self, spec: RunSpec) -> PlanReport:
-        """The plan, tried again when it failed for the moment: a refusal keeps the device out for as long as its session lasts."""
+        """The plan, tried again when it failed for the moment: a refusal keeps the device out while its session lasts."""
         for pause in (*PAUSES, None):
             try:
                 return await self._made(spec)

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import shadow, spawn
+from tests.faults.case import Case
 from tests.faults.cases import Trace, counted, point_cases, random_case, sample, storage_cases
-from tests.faults.fleet import Case, play
+from tests.faults.fleet import play
 from tests.faults.ground import DEVICES, Ground
 from tests.faults.report import report
 from tests.faults.workers import WorkerHost

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from common.faults import DISK, POINTS
-from tests.faults.fleet import Case
+from tests.faults.case import Case
 
 Trace = dict[str, dict[str, int]]
 """Process -> point (with its /which) -> how often an undisturbed run passes it."""

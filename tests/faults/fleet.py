@@ -9,11 +9,12 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.errors import StorageError
 from tests.faults import disturb, proxy, shadow, spawn
+from tests.faults.case import Case, Result
 from tests.faults.ground import DEVICES, Ground, armed, free_port
 from tests.faults.verdict import inspect, judge, missing
 
@@ -21,36 +22,6 @@ LONGEST = 150.0
 """Seconds a case may take on a busy machine; some six are usual on an idle one."""
 SETTLING = 4.0
 """Seconds after the run's end in which what is still to happen at its end happens."""
-
-
-@dataclass
-class Case:
-    """What is done to one federation."""
-
-    name: str
-    faults: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Process (server, alpha, beta, export) -> faults for `common.faults`."""
-    proxied: bool = False
-    trace: bool = False
-    must: bool = True
-    """Whether every fault has to happen."""
-    power: str = ""
-    """Which machine's disk is the storage fake's (server, alpha or export); then nothing unsynced outlives the case, either."""
-    chance: int | None = None
-    """Seed of what survives unsynced; None: nothing does."""
-
-
-@dataclass
-class Result:
-    """What has become of it."""
-
-    name: str
-    outcome: str
-    why: str
-    seconds: float
-    happened: list[str]
-    restarts: int
-    found: dict[str, Any]
 
 
 class Fleet:
@@ -210,12 +181,13 @@ class Fleet:
             del self.pids[name]
             code = spawn.exit_code(status)
             if name == "operator":
-                if code not in (0, 2, 7, -9):
+                if code not in (0, 2, 7, 11, -9):
                     self.problems.append(f"fp-server start: exit code {code}: {self.log(name)[-300:]}")
                 continue
             if name == "export" and code == 0:
                 continue
-            if pid not in self.killed and code != -signal.SIGKILL:  # nobody has killed it, and no fault either
+            full = code == StorageError.exit_code and "fail:ENOSPC" in str(self.case.faults.get(name))  # it has said so
+            if pid not in self.killed and code != -signal.SIGKILL and not full:  # nobody has killed it, and no fault either
                 self.problems.append(f"{name} ended by itself, exit code {code}: {self.log(name)[-400:]}")
                 if len(self.problems) > 5:
                     raise RuntimeError("; ".join(self.problems))
