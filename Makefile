@@ -8,6 +8,7 @@ MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help install model demo test check unit fuzz fuzz-report fuzz-sample contract integration server-alone \
+  faults faults-random faults-storage faults-report \
   engine wheelhouse images test-containers audit gpu \
   bench bench-server bench-probe bench-planner bench-7b bench-quarter bench-groups bench-load lab lab-report proto format clean
 
@@ -97,6 +98,20 @@ fuzz-report: $(STAMP) ## Write what was fuzzed so far into docs/security.md
 
 fuzz-sample: $(VENV)/.fuzz ## A few seconds of make fuzz
 	$(BIN)/python -m tests.fuzz --dir .cache/fuzz-sample --seconds 3 --sample
+
+FAULTS := .cache/faults
+
+faults: $(STAMP) ## Whole federations killed at every named fault point, on both sides (half an hour; goes on where it stopped)
+	$(BIN)/python -m tests.faults points --dir $(FAULTS)
+
+faults-random: $(STAMP) ## A hundred federations with three random faults each: kills, cut and half-open connections, full disks, flipped bits
+	$(BIN)/python -m tests.faults random --dir $(FAULTS)
+
+faults-storage: $(STAMP) ## The power fails at every fault point, and what was not synced is lost (needs cc)
+	$(BIN)/python -m tests.faults storage --dir $(FAULTS)
+
+faults-report: $(STAMP) ## Write what the three have shown so far into docs/reliability.md
+	$(BIN)/python -m tests.faults report --dir $(FAULTS) --out docs/reliability.md
 
 gpu: $(STAMP) ## The tests that need a CUDA device
 	$(PYTEST) tests/gpu -m gpu

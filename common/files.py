@@ -1,9 +1,10 @@
-"""Two questions both sides ask of files: what is its digest, and was the disk full."""
+"""What both sides ask of files: what is its digest, was the disk full, will it be there after a loss of power."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 
 
@@ -16,3 +17,21 @@ def digest_file(path: Path) -> str:
 def disk_full(error: OSError) -> bool:
     """Whether a write failed for want of space or quota."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def sync_directory(path: Path) -> None:
+    """Make what was created, renamed or removed in `path` durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """`path` and its parents where they are missing; durable when this returns. Raises OSError."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from common.errors import BudgetError, FedPrunerError, FingerprintError, PolicyError, WorkerError
+from common.errors import BudgetError, FedPrunerError, FingerprintError, PolicyError, StorageError, WorkerError
 from common.types import PlanReport, RunSpec
 from fp_client.guard import Guard
 from fp_client.messages import OnProgress
@@ -19,6 +19,8 @@ AT_ONCE = 4
 """Plan requests that may wait for their answer: a server has one active run, and may change it."""
 KEPT = 16
 """Reports that are remembered."""
+PAUSES = (0.5, 3.0)
+"""Seconds before a plan is tried again whose worker was killed, or for which the disk was full."""
 WORDS = 500
 """The longest reason told to a server, in characters."""
 
@@ -77,28 +79,49 @@ class Plans:
             await cancel(plan)
 
     async def _plan(self, spec: RunSpec) -> None:
-        fingerprint = ""
+        said = ""
         try:
             self._guard.plan(spec)
-            policy, bounded = self._guard.policy, self._guard.policy.bounded(spec)
-            async with self._one:
-                fingerprint = await self._work.fingerprint(bounded, self._note)
-                same_weights(spec, fingerprint)
-                report = policy.offered(await self._work.plan(bounded))
-            policy.check_samples(report.samples)
-            for run in await asyncio.to_thread(self._runs.remember, bounded):
-                self._runs.forget(run)
-                self._outbox.drop(run)
+            said = await self._fingerprint(spec)
+            same_weights(spec, said)
+            report = await self._lasting(spec)
             self._reports[spec.run] = (spec, report)
             while len(self._reports) > KEPT:
                 del self._reports[next(iter(self._reports))]
             log.info("run %s: can take part: %s", spec.run, ", ".join(f"{c.gradient} {c.units} units" for c in report.capacities))
         except FedPrunerError as error:
-            report = self.refusal(spec.run, fingerprint, error)
+            report = self.refusal(spec.run, said, error)
         except Exception as error:
             log.exception("run %s: the plan failed", spec.run)
-            report = self.refusal(spec.run, fingerprint, WorkerError(f"unexpected {type(error).__name__}: {error}"))
+            report = self.refusal(spec.run, said, WorkerError(f"unexpected {type(error).__name__}: {error}"))
         await self._tell(report)
+
+    async def _fingerprint(self, spec: RunSpec) -> str:
+        async with self._one:
+            return await self._work.fingerprint(self._guard.policy.bounded(spec), self._note)
+
+    async def _lasting(self, spec: RunSpec) -> PlanReport:
+        """The plan, tried again when it failed for the moment: a refusal keeps the device out while its session lasts."""
+        for pause in (*PAUSES, None):
+            try:
+                return await self._made(spec)
+            except (WorkerError, StorageError) as error:
+                if pause is None:
+                    raise
+                log.warning("run %s: the plan failed: %s; trying again in %.0f s", spec.run, error, pause)
+                await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def _made(self, spec: RunSpec) -> PlanReport:
+        """What this device can hold for a run, which is remembered from here on."""
+        policy, bounded = self._guard.policy, self._guard.policy.bounded(spec)
+        async with self._one:
+            report = policy.offered(await self._work.plan(bounded))
+        policy.check_samples(report.samples)
+        for run in await asyncio.to_thread(self._runs.remember, bounded):
+            self._runs.forget(run)
+            self._outbox.drop(run)
+        return report
 
     def refusal(self, run: str, fingerprint: str, error: FedPrunerError) -> PlanReport:
         """Why this device can't take part."""

@@ -1,6 +1,7 @@
 """What the daemon remembers on disk: the runs it has joined, and updates the server may not have yet.
 
-Both survive `kill -9`: a file is written whole under a temporary name, synced, and renamed.
+Both survive `kill -9` and a loss of power: a file is written whole under a temporary name, synced, renamed, and its directory
+synced.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from common.codec import from_json, to_json
 from common.errors import NotFound
 from common.faults import fault
-from common.files import digest_file
+from common.files import digest_file, make_directory, sync_directory
 from common.types import Assignment, ObjectRef, RunSpec, TaskKey, UpdateMetrics, UpdateReady
 from fp_client.cache import storage_error
 
@@ -25,7 +26,7 @@ def _write(path: Path, value: object) -> None:
     temporary, kind = path.with_name(path.name + ".tmp"), path.parent.name
     try:
         fault("device.state.write", kind)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with temporary.open("w") as out:
             json.dump(value, out)
             out.flush()
@@ -33,6 +34,7 @@ def _write(path: Path, value: object) -> None:
         fault("device.state.written", kind)
         temporary.replace(path)
         fault("device.state.renamed", kind)
+        sync_directory(path.parent)
     except OSError as error:
         raise storage_error(path, error) from None
 
@@ -75,7 +77,7 @@ class Outbox:
     def blank(self, run: str) -> Path:
         """Where a task may write its update. Raises StorageError."""
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
         except OSError as error:
             raise storage_error(self.directory, error) from None
         return self.directory / f"{run}.new.safetensors"

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from common.codec import from_json, to_json
 from common.errors import BudgetError, FedPrunerError, WorkerError
 from common.faults import arm, fault
+from common.files import disk_full
 from fp_client.messages import Ready, WorkerConfig
 
 
@@ -59,6 +60,8 @@ def report(error: BaseException) -> dict[str, Any]:
         message = {"error": type(error).__name__, "message": str(error)}
         return {**message, "smallest": error.smallest} if isinstance(error, BudgetError) else message
     traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, OSError) and disk_full(error):
+        return {"error": "StorageError", "message": f"{error.filename or 'the device'}: the disk is full; free some space"}
     memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
     if memory:
         text = str(error).strip().splitlines()[0] if str(error).strip() else "an allocation failed"

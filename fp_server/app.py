@@ -44,7 +44,7 @@ from fp_server.limits import (
     raise_descriptors,
 )
 from fp_server.log import Database, EventLog
-from fp_server.objects import ObjectStore, sync_directory
+from fp_server.objects import ObjectStore, storage_error, sync_directory
 from fp_server.own import OwnCertificates
 from fp_server.service import Sessions
 from fp_server.transfer import Objects
@@ -82,9 +82,13 @@ def initialise(directory: Path, names: list[str], listen: str, port: int, enroll
     finally:
         database.close()
     temporary = directory / "server.toml.tmp"
-    temporary.write_text(text)
+    with temporary.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     temporary.replace(directory / "server.toml")
     sync_directory(directory)
+    sync_directory(directory.absolute().parent)
 
 
 @contextlib.contextmanager
@@ -130,6 +134,8 @@ async def serve(directory: Path) -> None:
         database = Database(directory / "log.sqlite")
         try:
             await _serve(directory, config, database)
+        except OSError as error:  # at the start, mostly: what comes up later belongs to a call or a task
+            raise storage_error(Path(error.filename or directory), error) from None
         finally:
             database.close()
 

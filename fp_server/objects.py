@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.errors import DamagedError, DigestError, NotFound, StorageError
 from common.faults import fault
-from common.files import digest_file, disk_full
+from common.files import digest_file, disk_full, make_directory
 from common.types import ObjectRef
 
 logger = logging.getLogger("fp_server")
@@ -56,7 +56,7 @@ class ObjectStore:
         """Digest -> the how-manieth adoption it was, and when by the monotonic clock."""
         self._count = 0
         for path in () if reading else (self._objects, self.partial, self.scratch):
-            path.mkdir(parents=True, exist_ok=True)
+            make_directory(path)
 
     def clear_scratch(self) -> None:
         """Remove what an interrupted aggregation left; for the one server of the directory only."""

@@ -510,6 +510,29 @@ def test_other_base_weights_are_refused_naming_both(tmp_path):
     against(tmp_path, body)
 
 
+@pytest.mark.parametrize("error", [WorkerError("the worker was killed"), StorageError("the disk is full")])
+def test_a_plan_that_fails_for_the_moment_is_tried_again_before_it_is_a_refusal(tmp_path, monkeypatch, error):
+    """A refusal keeps a device out for as long as its session lasts: a worker that was killed once must not cost the run."""
+    monkeypatch.setattr("fp_client.plans.PAUSES", (0.01, 0.01))
+
+    class Mended(FakeWork):
+        times = 0
+
+        async def plan(self, spec):
+            self.error = error if self.begun.count("plan") < self.times else None
+            return await super().plan(spec)
+
+    async def body(server):
+        for times, refused in ((2, False), (9, True)):
+            work = Mended()
+            work.times = times
+            async with Device(server, tmp_path, work) as device:
+                assert (type(error).__name__ in (await device.joins()).refusal) == refused
+                assert work.begun.count("plan") == 3
+
+    against(tmp_path, body)
+
+
 def test_a_budget_too_small_is_refused_with_the_smallest(tmp_path):
     async def body(server):
         async with Device(server, tmp_path) as device:

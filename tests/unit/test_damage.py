@@ -141,7 +141,7 @@ def test_a_closed_round_opens_again_for_who_must_push_again_and_ends_as_before()
         shell.machine.check_push("a", key, digest("a", 1))
     assert repr(refold(shell).current) == repr(shell.machine.current), "the log folds to the same"
     out = shell.do(accepted(key, "b"))
-    assert c.Aggregate(key) in out and shell.machine.phase is Phase.AGGREGATING
+    assert c.Review(key) in out and shell.machine.phase is Phase.AGGREGATING
     shell.commit()
     assert shell.machine.next_round == 1
 
@@ -165,7 +165,7 @@ def test_one_that_does_not_push_again_is_out_by_the_usual_time_out():
     shell.now = 1061.0
     key = shell.key
     out = shell.do(c.Tick())
-    assert c.Aggregate(key) in out and shell.stage("b") is Stage.DROPPED
+    assert c.Review(key) in out and shell.stage("b") is Stage.DROPPED
 
 
 def test_with_all_of_them_lost_the_round_is_drawn_again_by_the_usual_rules():

@@ -270,7 +270,7 @@ def test_a_device_that_fails_is_dropped_and_the_job_says_why(experiment: Experim
 def test_busy_jobs_are_left_out_and_a_stop_is_clean(
     experiment: Experiment, undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = chosen(experiment, tmp_path, [], [])
+    jobs = chosen(experiment, tmp_path, ["three", "all-rbf"], [])
     assert [place.label for place in jobs] == ["three seed 3", "all-rbf seed 3"]
     signals, seen = Signals(), list[str]()
 
@@ -286,7 +286,9 @@ def test_busy_jobs_are_left_out_and_a_stop_is_clean(
     with locked(jobs[0].directory):
         assert run_jobs(experiment, "", tmp_path, jobs, 1, Signals(), Watch()) == 1
     assert run_jobs(experiment, "", tmp_path, jobs, None, Signals(), Watch()) == 0
-    assert {place.row.name: outcome(place.directory) for place in jobs} == {row: outcome(at) for row, at in undisturbed.items()}
+    assert {place.row.name: outcome(place.directory) for place in jobs} == {
+        place.row.name: outcome(undisturbed[place.row.name]) for place in jobs
+    }
 
 
 def test_a_budget_that_holds_nothing_is_said(experiment: Experiment, fleet: Fleet, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -39,6 +40,7 @@ from fp_client.messages import AdapterFile, CheckArgs, CheckResult, PaceArgs, Pr
 from fp_client.pace import Pace
 from fp_client.pool import Worker, worker_environment
 from fp_client.tasks import Tasks
+from fp_client.worker import report
 from tests.unit import device, tiny
 
 KEY = TaskKey("run", 0, 0)
@@ -230,6 +232,13 @@ def test_an_allocation_beyond_the_cap_is_a_budget_error() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=worker_environment(1))
     reply = json.loads(done.stdout)
     assert reply["error"] == "BudgetError" and "needs more memory than its budget" in reply["message"]
+
+
+def test_a_full_disk_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
+    assert report(full) == {"error": "StorageError", "message": "/somewhere: the disk is full; free some space"}
+    assert report(OSError(errno.EIO, os.strerror(errno.EIO)))["error"] == "WorkerError"
+    assert "No space left" in capsys.readouterr().err
 
 
 def long_train(out: Path) -> TrainArgs:

@@ -1,0 +1,1 @@
+"""Whole federations of real daemons, with a fault at every named point: see `tests/faults/__main__.py`."""

@@ -1,0 +1,303 @@
+"""One federation of real daemons on loopback: started, watched, disturbed as its case says, started again, and judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import StorageError
+from tests.faults import disturb, proxy, shadow, spawn
+from tests.faults.case import Case, Result
+from tests.faults.ground import DEVICES, Ground, armed, free_port
+from tests.faults.verdict import inspect, judge, missing
+
+LONGEST = 150.0
+"""Seconds a case may take on a busy machine; some six are usual on an idle one."""
+SETTLING = 4.0
+"""Seconds after the run's end in which what is still to happen at its end happens."""
+
+
+class Fleet:
+    """The processes of one case below `root`."""
+
+    def __init__(self, ground: Ground, root: Path, case: Case) -> None:
+        self.ground, self.root, self.case = ground, root, case
+        shutil.rmtree(root, ignore_errors=True)
+        self.outside = free_port() if case.proxied else 0
+        self.port = ground.copy(root, self.outside)
+        self.pids: dict[str, int] = {}
+        self.killed: set[int] = set()
+        self.problems: list[str] = []
+        self.restarts = 0
+        self.flipped: list[str] = []
+        self._thaw: list[tuple[float, int]] = []
+        self._ended_at, self._server_from = 0.0, 0
+        (root / "out").mkdir()
+        if case.power:
+            shadow.begin(self.disk(case.power), root / "shadow")
+
+    # -- processes -----------------------------------------------------------------------------
+
+    def start(self, name: str) -> None:
+        """Start the server, a device, the operator's command or the export."""
+        at = self.root / ("server" if name in ("operator", "export") else name)
+        environment = armed(self.root, name, self.case.faults.get(name, []), self.case.trace)
+        if name == self.case.power:
+            environment |= shadow.environment(self.disk(name), self.root / "shadow")
+
+        def disturbed() -> None:
+            disturb.install(self.root / "marks" / name)
+
+        if name == "server":
+            self._server_from = len(self.log("server"))
+            work = spawn.program("fp-server", ("run", "--dir", at), before=disturbed)
+        elif name == "operator":
+            work = spawn.program("fp-server", ("start", self.root / "run.toml", "--dir", at))
+        elif name == "export":
+            work = spawn.program("fp-server", ("export", "--out", self.root / "out" / "adapter", "--dir", at))
+        elif name == "proxy":
+            work = proxy.proxying(self.outside, self.port, self.root / "proxy.sock")
+        else:
+            work = spawn.program("fp-client", ("run", "--dir", at), self.ground.stub, disturbed)
+        self.pids[name] = spawn.spawn(work, self.root / f"{name}.log", environment)
+
+    def disk(self, name: str) -> Path:
+        """Where a process keeps what it keeps."""
+        return self.root / ("out" if name == "export" else name)
+
+    def lose_power(self, name: str) -> None:
+        """The machine of a process goes down; what was not synced is gone. Whatever somebody was told must still be there."""
+        if (pid := self.pids.pop(name, None)) is not None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            time.sleep(0.2)  # its worker ends with it
+        rng = None if self.case.chance is None else random.Random(self.case.chance)
+        shadow.lose(self.disk(name), self.root / "shadow", rng)
+        if name != "export":
+            self.problems += self._in_a_process(lambda: missing(self.root, name))
+        if pid is not None:
+            self.restarts += 1
+            self.start(name)
+
+    def _in_a_process(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives, done in a process of its own."""
+        out, log = self.root / "found.json", self.root / "inspect.log"
+        out.unlink(missing_ok=True)
+        code = spawn.wait(spawn.spawn(lambda: out.write_text(json.dumps(work())), log, {}))
+        return json.loads(out.read_text()) if code == 0 else [f"the directory can't be read: {self.log('inspect')[-600:]}"]
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Signal a process; it is started again when it has ended."""
+        if (pid := self.pids.get(name)) is not None:
+            self.killed.add(pid)
+            os.kill(pid, number)
+
+    def log(self, name: str) -> str:
+        """What a process has said."""
+        path = self.root / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def close(self) -> None:
+        """End whatever still runs."""
+        for pid in self.pids.values():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        self.pids.clear()
+
+    # -- watching ------------------------------------------------------------------------------
+
+    def live(self) -> None:
+        """From the start to the run's end, whatever happens on the way."""
+        if self.case.proxied:
+            self.start("proxy")
+        for name in ("server", *DEVICES):
+            self.start(name)
+        deadline = time.monotonic() + LONGEST
+        while not self._over():
+            if time.monotonic() > deadline:
+                self.problems.append(f"not finished within {LONGEST:.0f} s")
+                return
+            self._step()
+
+    def export(self) -> None:
+        """Export from the directory, again when that is killed."""
+        self.start("export")
+        deadline = time.monotonic() + LONGEST / 2
+        while "export" in self.pids and time.monotonic() < deadline:
+            self._step()
+
+    def _step(self) -> None:
+        self._operate()
+        self._asked()
+        self._reap()
+        now = time.monotonic()
+        for at, pid in list(self._thaw):
+            if now >= at:
+                self._thaw.remove((at, pid))
+                if pid in self.pids.values():
+                    os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
+
+    def _operate(self) -> None:
+        """Start the run once the server answers; again when the server was killed before it had an answer."""
+        if "operator" not in self.pids and "serving localhost" in self.log("server")[self._server_from :] and not self._begun():
+            self.start("operator")
+
+    def _begun(self) -> bool:
+        said = self.log("operator")
+        return "already a run" in said or "run run started" in said
+
+    def _over(self) -> bool:
+        """Whether the run has finished and its end was heard; where not, because of a fault, after a while."""
+        if self._ended_at == 0.0 and self._finished():
+            self._ended_at = time.monotonic()
+        if self._ended_at == 0.0:
+            return False
+        heard = all("run run: finished" in self.log(name) for name in DEVICES)
+        ready = heard and self._happened_all(("server", *DEVICES)) and not self._thaw
+        return (ready and time.monotonic() > self._ended_at + 0.3) or time.monotonic() > self._ended_at + SETTLING
+
+    def _finished(self) -> bool:
+        """By the server's own words; one that was killed just after the last event finds nothing to take up."""
+        said = self.log("server")
+        if "run run finished" in said:
+            return True
+        latest = said[self._server_from :]
+        going_on = "taken up again" in latest or "run run started" in latest
+        return self._begun() and "serving localhost" in latest and not going_on
+
+    def _reap(self) -> None:
+        for name, pid in list(self.pids.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done == 0:
+                continue
+            del self.pids[name]
+            code = spawn.exit_code(status)
+            if name == "operator":
+                if code not in (0, 2, 7, 11, -9):
+                    self.problems.append(f"fp-server start: exit code {code}: {self.log(name)[-300:]}")
+                continue
+            if name == "export" and code == 0:
+                continue
+            full = code == StorageError.exit_code and "fail:ENOSPC" in str(self.case.faults.get(name))  # it has said so
+            if pid not in self.killed and code != -signal.SIGKILL and not full:  # nobody has killed it, and no fault either
+                self.problems.append(f"{name} ended by itself, exit code {code}: {self.log(name)[-400:]}")
+                if len(self.problems) > 5:
+                    raise RuntimeError("; ".join(self.problems))
+            self.restarts += 1
+            self.start(name)
+
+    # -- what faults ask for -------------------------------------------------------------------
+
+    def _asked(self) -> None:
+        for path in (self.root / "marks").glob("*/*.asked"):
+            done = path.with_suffix(".done")
+            if not done.exists():
+                self.act(path.parent.name, path.read_text())
+                done.touch()
+
+    def act(self, who: str, words: str) -> None:
+        """Do from outside what a process at a fault point has asked for."""
+        what, *rest = words.split(":")
+        if what == "kill":
+            self.kill(rest[0])
+        elif what == "term":
+            self.kill(rest[0], signal.SIGTERM)
+        elif what == "freeze":
+            if (pid := self.pids.get(rest[0])) is not None:
+                os.kill(pid, signal.SIGSTOP)
+                self._thaw.append((time.monotonic() + float(rest[1]), pid))
+        elif what == "power":
+            self.lose_power(rest[0])
+        elif what == "jump":
+            path = self.root / "marks" / rest[0] / "clock"
+            path.write_text(str(float(path.read_text() if path.exists() else 0) + float(rest[1])))
+        elif what == "mischief":
+            (self.root / "marks" / rest[0] / "mischief").write_text(rest[1])
+        elif what == "flip":
+            self.flipped += flip(self.root, rest[0])
+        elif what == "net":
+            proxy.tell(self.root / "proxy.sock", " ".join(rest))
+        else:
+            raise ValueError(words)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def happened(self) -> list[str]:
+        """The faults that have happened, as ``process: deed at point``."""
+        found = []
+        for name, faults in self.case.faults.items():
+            for number, one in enumerate(faults):
+                if (self.root / "marks" / name / f"fault-{number}").exists():
+                    found.append(f"{name}: {one['do']} at {one['at']}#{one.get('hit', 1)}")
+        return found
+
+    def _happened_all(self, names: tuple[str, ...]) -> bool:
+        marks = self.root / "marks"
+        return all(
+            (marks / name / f"fault-{number}").exists() for name in names for number in range(len(self.case.faults.get(name, [])))
+        )
+
+    def judged(self, expected: dict[str, Any] | None, seconds: float) -> Result:
+        """The verdict, from the directory that is left."""
+        found: Any = {}
+        if self.case.power and not self.problems:
+            self.lose_power(self.case.power)
+            self.close()
+        if not self.problems:
+            found = self._in_a_process(lambda: inspect(self.root / "server", self.root / "out" / "adapter"))
+            if isinstance(found, list):
+                self.problems, found = found, {}
+        if self.problems:
+            outcome, why = "failed", "; ".join(self.problems)
+        else:
+            outcome, why = judge(found, expected)
+            if self.case.must and not self._happened_all(tuple(self.case.faults)):
+                outcome, why = "failed", "a fault did not happen"
+            elif trace := self._traceback():
+                outcome, why = "failed", trace
+        return Result(self.case.name, outcome, why, round(seconds, 1), self.happened(), self.restarts, found)
+
+    def _traceback(self) -> str:
+        """An unexpected error that a daemon has logged, where no failing disk was asked for."""
+        if any("fail" in one["do"] for faults in self.case.faults.values() for one in faults):
+            return ""
+        for name in ("server", *DEVICES):
+            if (text := self.log(name)) and "Traceback" in text:
+                return f"{name} has logged a traceback: {text[text.index('Traceback') :][:1200]}"
+        return ""
+
+
+def flip(root: Path, where: str) -> list[str]:
+    """Turn one bit of a file that is stored: of a device's cache, or of the server's arrivals or objects; which."""
+    pattern = {"cache": "alpha/cache/objects/*", "partial": "server/partial/*/*", "objects": "server/objects/*/*"}[where]
+    for path in sorted(root.glob(pattern)):
+        data = bytearray(path.read_bytes())
+        if data:
+            data[len(data) // 2] ^= 16
+            path.chmod(0o644)
+            with path.open("r+b") as file:
+                file.write(data)
+            return [str(path.relative_to(root))]
+    return []
+
+
+def play(ground: Ground, root: Path, case: Case, expected: dict[str, Any] | None) -> Result:
+    """One case, from copy to verdict."""
+    begin = time.monotonic()
+    fleet = Fleet(ground, root, case)
+    try:
+        fleet.live()
+        fleet.close()
+        if not fleet.problems:
+            fleet.export()
+    finally:
+        fleet.close()
+    return fleet.judged(expected, time.monotonic() - begin)
