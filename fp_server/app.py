@@ -44,7 +44,7 @@ from fp_server.limits import (
     raise_descriptors,
 )
 from fp_server.log import Database, EventLog
-from fp_server.objects import ObjectStore, storage_error, sync_directory
+from fp_server.objects import ObjectStore, storage_error, stored, sync_directory
 from fp_server.own import OwnCertificates
 from fp_server.service import Sessions
 from fp_server.transfer import Objects
@@ -65,7 +65,7 @@ enroll_port = {enroll_port}
 def initialise(directory: Path, names: list[str], listen: str, port: int, enroll_port: int) -> None:
     """Make a data directory with a CA, the server's and an operator's certificate.
 
-    Raises ConfigError when the directory was initialised before: nothing is ever overwritten.
+    Raises ConfigError when the directory was initialised before: nothing is ever overwritten; StorageError when the disk is full.
     """
     if (directory / "server.toml").exists():
         raise ConfigError(f"{directory}: already initialised (it has a server.toml); choose another --dir")
@@ -73,6 +73,13 @@ def initialise(directory: Path, names: list[str], listen: str, port: int, enroll
         names=", ".join(json.dumps(name) for name in dict.fromkeys(names)), listen=listen, port=port, enroll_port=enroll_port
     )
     config = configuration.parse(text, ServerConfig, "fp-server init")
+    private_directory(directory)
+    directory.chmod(0o700)
+    with stored(directory):
+        _initialise(directory, config, text)
+
+
+def _initialise(directory: Path, config: ServerConfig, text: str) -> None:
     private_directory(directory)
     directory.chmod(0o700)
     create_authority(directory, config.names, config.certificate_days)
@@ -177,6 +184,13 @@ def _servers(limits: ServerLimits) -> tuple[grpc.aio.Server, grpc.aio.Server]:
     return main, enroll
 
 
+def _write_endpoint(directory: Path, at: Endpoint) -> None:
+    temporary = directory / f"{FILE}.tmp"
+    temporary.write_text(json.dumps(asdict(at)))
+    fault("server.endpoint.written")
+    temporary.replace(directory / FILE)
+
+
 def _when_told_to_stop(grace: float) -> asyncio.Event:
     """Set by SIGTERM or SIGINT. From then on the process has `grace` seconds left, whatever is under way."""
     stopping = asyncio.Event()
@@ -222,10 +236,13 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     await enroll.start()
     await checks.set("", health_pb2.HealthCheckResponse.SERVING)
     fault("server.start.listening")
-    temporary = directory / f"{FILE}.tmp"
-    temporary.write_text(json.dumps(asdict(Endpoint(port, enroll_port, local_host(config.listen)))))
-    fault("server.endpoint.written")
-    temporary.replace(directory / FILE)
+    try:
+        with stored(directory / FILE):
+            _write_endpoint(directory, Endpoint(port, enroll_port, local_host(config.listen)))
+    except StorageError:  # nobody on this machine would find the server
+        await asyncio.gather(main.stop(0), enroll.stop(0))
+        await coordinator.stop()
+        raise
     logger.info("serving %s on port %d (enrollment on %d)", ", ".join(config.names), port, enroll_port)
     watching = [asyncio.create_task(work) for work in (_stay_valid(directory, own), access.watch())]
     await stopping.wait()

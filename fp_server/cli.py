@@ -21,8 +21,9 @@ import typer
 from rich.text import Text
 
 from common.ending import leave_on_sigterm
-from common.errors import ConfigError, FedPrunerError
+from common.errors import ConfigError, FedPrunerError, StorageError
 from common.faults import arm
+from common.files import disk_full
 from fp_server import cli_access, cli_data
 from fp_server.cli_common import HERE, Directory, Json, err, out
 
@@ -269,5 +270,11 @@ def main() -> None:
 
         err.print(Text.assemble(("error:", "red"), " ", plain(str(error))), highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # where nobody looked for it
+        if not disk_full(error):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        err.print(f"error: {where}no space left on the device; free some and try again", highlight=False, soft_wrap=True)
+        sys.exit(StorageError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -33,13 +33,22 @@ class Disconnected:
 
 @dataclass(frozen=True)
 class ProgressSeen:
-    """A device got further: `amount` grows within a phase (steps, units or bytes)."""
+    """A device got further: `amount` grows within a phase (steps, units or bytes). `measured`: not by its own word."""
 
     device: str
     key: TaskKey
     phase: str
     amount: int
     total: int
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class NotReceived:
+    """A device wants to push, and the server's disk can't take it: the time is not the device's."""
+
+    device: str
+    key: TaskKey
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Recovered:
     """The log has been folded again: say what is outstanding."""
 
 
-Stimulus = Tick | Connected | Disconnected | ProgressSeen | PlanConfirmed | Recovered
+Stimulus = Tick | Connected | Disconnected | ProgressSeen | NotReceived | PlanConfirmed | Recovered
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,11 @@ class RunSection(Section):
     max_attempts: PositiveInt = 3
     """The run pauses when a round has failed this often."""
     progress_timeout_seconds: PositiveFloat = 600.0
-    """A device that makes no progress for this long is out of the round."""
+    """A device that makes no progress for this long, or falls so far behind the minimum rate, is out of the round."""
+    min_bytes_per_second: float = Field(1024.0, ge=0)
+    """The least a device must fetch or push; 0: any progress counts."""
+    min_steps_per_hour: float = Field(0.0, ge=0)
+    """The least it must train; 0: so many that the task is done within `round_limit_seconds`."""
     round_limit_seconds: PositiveFloat = 86_400.0
     """No round lasts longer than this."""
     final_evaluation: bool = True

@@ -13,6 +13,7 @@ from fp_server import events as e
 from fp_server.capacity import refusal
 from fp_server.commands import Aggregate, Command, Record, Review
 from fp_server.config import Evaluation
+from fp_server.progress import late
 from fp_server.roundstate import Round, Stage
 from fp_server.seeding import draw_devices, rng_for
 
@@ -100,11 +101,8 @@ def _advance_round(machine: RunMachine, current: Round, now: float) -> list[Comm
     if current.closed is not None:
         return []
     for device, member in current.members.items():
-        if not member.settled and member.stage is not Stage.CHOOSING:
-            silent = now - member.progress_at
-            if silent > run.progress_timeout_seconds:
-                text = f"no progress for {silent:.0f} s while {member.stage.value}"
-                return [Record(e.DeviceDropped(machine.name, key, device, "UnreachableError", text))]
+        if not member.settled and member.stage is not Stage.CHOOSING and (text := late(machine.config, member, now)):
+            return [Record(e.DeviceDropped(machine.name, key, device, "UnreachableError", text))]
     delivered = sum(member.stage is Stage.DONE for member in current.members.values())
     open_ = sum(not member.settled for member in current.members.values())
     overdue = now - current.opened_at > run.round_limit_seconds

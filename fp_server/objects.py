@@ -41,6 +41,15 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{path}: {error.strerror}")
 
 
+@contextlib.contextmanager
+def stored(path: Path) -> Iterator[None]:
+    """In here files are written: what fails is a StorageError that names the file, or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(Path(error.filename or path), error) from None
+
+
 class ObjectStore:
     """Objects below `root`/objects, arrivals below `root`/partial, scratch files below `root`/scratch; what is damaged is moved
     to `root`/quarantine."""

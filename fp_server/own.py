@@ -15,6 +15,7 @@ from fp_server import audit, books
 from fp_server.audit import SERVER, Entry
 from fp_server.certificates import Issuer, pem
 from fp_server.log import Database
+from fp_server.objects import stored, sync_directory
 
 logger = logging.getLogger("fp_server")
 
@@ -29,7 +30,7 @@ class OwnCertificates:
     def operator(self, name: str, days: float, same_key: bool = False) -> datetime:
         """Write ``operator.pem`` and ``operator.key``, for the command line beside the server; until when it is valid.
 
-        Works beside a running server. Raises ConfigError for a bad name.
+        Works beside a running server. Raises ConfigError for a bad name, StorageError when the disk is full.
         """
         books.check_name(name)
         key = load_key(self._directory / "operator.key") if same_key else new_key()
@@ -40,9 +41,11 @@ class OwnCertificates:
             audit.append(c, Entry(SERVER, "issue", f"operator {name}, valid until {books.until(certificate)}"))
 
         self._database.run(work)
-        if not same_key:
-            write_private(self._directory / "operator.key", key_pem(key))
-        write_private(self._directory / "operator.pem", pem(certificate))
+        made = (
+            {"operator.pem": pem(certificate)} if same_key else {"operator.key": key_pem(key), "operator.pem": pem(certificate)}
+        )
+        with stored(self._directory):
+            _replace_all(self._directory, made)
         return certificate.not_valid_after_utc
 
     def server(self, names: list[str], days: float) -> datetime:
@@ -50,7 +53,8 @@ class OwnCertificates:
 
         A running server shows it from the next connection on. The key stays. Raises ConfigError for what is no name.
         """
-        certificate = self._issuer.server(names, days)
+        with stored(self._directory):
+            certificate = self._issuer.server(names, days)
         entry = Entry(SERVER, "issue", f"server.pem for {', '.join(names)}, valid until {books.until(certificate)}")
         self._database.run(lambda c: audit.append(c, entry))
         return certificate.not_valid_after_utc
@@ -84,6 +88,19 @@ class OwnCertificates:
     def _revoked(self, certificate: x509.Certificate) -> bool:
         query, serial = "SELECT 1 FROM certificates WHERE serial = ? AND revoked IS NOT NULL", books.serial_of(certificate)
         return self._database.run(lambda c: c.execute(query, (serial,)).fetchone()) is not None
+
+
+def _replace_all(directory: Path, made: dict[str, bytes]) -> None:
+    """Write all of them before any takes its place: with a full disk the old key and the old certificate stay together."""
+    try:
+        for name, data in made.items():
+            write_private(directory / f"{name}.new", data)
+        for name in made:
+            (directory / f"{name}.new").replace(directory / name)
+        sync_directory(directory)
+    finally:
+        for name in made:
+            (directory / f"{name}.new").unlink(missing_ok=True)
 
 
 def _fresh(certificate: x509.Certificate) -> bool:

@@ -30,6 +30,7 @@ from fp_server.commands import (
     Command,
     Connected,
     Disconnected,
+    NotReceived,
     PlanConfirmed,
     ProgressSeen,
     Recovered,
@@ -44,7 +45,8 @@ from fp_server.commands import (
 )
 from fp_server.config import RunConfig
 from fp_server.decisions import after_close, decide
-from fp_server.roundstate import PHASES, History, Member, Phase, Round, Stage
+from fp_server.progress import begin_anew, count
+from fp_server.roundstate import History, Member, Phase, Round, Stage
 from fp_server.seeding import rng_for
 
 
@@ -201,6 +203,9 @@ class RunMachine:
                 self.connected.discard(happening.device)
             case ProgressSeen():
                 self._on_progress(happening, now)
+            case NotReceived():
+                if (member := self._member(happening.device, happening.key)) is not None:
+                    member.progress_at = now
             case Recovered():
                 self._on_recovered(now, out)
             case Tick() | e.RunStarted():
@@ -300,10 +305,7 @@ class RunMachine:
         member = self._member(seen.device, seen.key)
         if member is None:
             return
-        member.progress = seen
-        # Only getting further than ever in a known phase counts: going back and forth between phases does not.
-        if seen.phase in PHASES and seen.amount > member.reached.get(seen.phase, -1):
-            member.reached[seen.phase], member.progress_at = seen.amount, now
+        count(self.config, member, seen, now, sum(ref.size for ref in self.broadcast.values()))
 
     def _on_recovered(self, now: float, out: list[Command]) -> None:
         self.idle_since = now
@@ -359,8 +361,8 @@ class RunMachine:
         if self.ended is not None:
             return
         if (task := self.task(device)) is not None:
-            if self.current is not None:  # it may have to begin anew: what it did before is no measure of progress
-                self.current.members[device].reached.clear()
+            if self.current is not None:
+                begin_anew(self.current.members[device])
             out.append(task)
         elif self.current is None or self.current.closed is not None or self._idle(device):
             # Asked at every connection: the budget may have changed while the device was away.

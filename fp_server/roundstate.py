@@ -47,10 +47,15 @@ class Member:
     outlier: str = ""
     """Why its update was left out of the round after all; empty when it was not."""
     progress_at: float = 0.0
+    """The time that its progress accounts for (`fp_server.progress`)."""
+    moved_at: float = 0.0
+    """When it last got any further."""
     progress: ProgressSeen | None = None
     """The last sign of life."""
-    reached: dict[str, int] = field(default_factory=dict)
-    """The most that was seen of each phase."""
+    reached: dict[str, float] = field(default_factory=dict)
+    """What each phase was worth so far, in seconds."""
+    starts: int = 0
+    """How often it came back to its task."""
 
     @property
     def settled(self) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -13,15 +16,21 @@ from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer
 from common.transport.wire import CHUNK, errors_to_status
-from common.types import Start, UpdateReady
+from common.types import Start, TaskKey, UpdateReady
 from fp_server import commands as c
 from fp_server.access import Access, Context
 from fp_server.coordinator import Coordinator
+from fp_server.hangup import address_of, hang_up
 from fp_server.limits import HELLO_SECONDS
 from fp_server.objects import Arrival
 from fp_server.quota import Quota
 from fp_server.reports import accept, reject
 from fp_server.validation import check_metrics, check_update, norm_limit, starting_points, update_bytes_limit
+
+TELL_SECONDS = 1.0
+"""A push's progress counts so often."""
+LOOK_SECONDS = 1.0
+"""And so often it is looked whether a peer that sends nothing is still expected to."""
 
 
 class _Push:
@@ -58,9 +67,11 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 raise ProtocolError(f"object {request.digest[:16]}… has {size} bytes; there is no byte {request.offset}")
             fault("server.fetch.before")
             chunks = self._coordinator.store.chunks(request.digest, request.offset, CHUNK)
+            rate, patience = machine.config.run.min_bytes_per_second, machine.config.run.progress_timeout_seconds
             while chunk := await asyncio.to_thread(next, chunks, b""):
                 self._coordinator.fetched(len(chunk))
-                await context.write(objects_pb2.Chunk(data=chunk))
+                ends = time.monotonic() + patience + (len(chunk) / rate if rate else math.inf)
+                await _write(context, objects_pb2.Chunk(data=chunk), ends)
                 fault("server.fetch.chunk")
 
     async def Offset(self, request: objects_pb2.OffsetRequest, context: Context) -> objects_pb2.OffsetReply:  # noqa: N802
@@ -79,6 +90,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         async with errors_to_status(context), self._access.admitted(context, "Push", "device") as peer:
             task = asyncio.current_task()
             assert task is not None
+            wanted: TaskKey | None = None
             older, current = self._pushing.get(peer.name), _Push(task)
             self._pushing[peer.name] = current
             try:
@@ -91,12 +103,15 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 if first is grpc.aio.EOF or first.WhichOneof("body") != "header":
                     raise ProtocolError("a push must begin with its header")
                 ready = serde.ready_from_pb(first.header)
+                wanted = ready.key
                 fault("server.push.header")
                 reply = await self._receive(peer, ready, first.header.offset, context)
                 fault("server.push.accepted")
                 self._coordinator.note("objects")
                 return reply
             except StorageError as error:  # what has arrived is kept, and the device tries again
+                if wanted is not None:
+                    await self._coordinator.post(c.NotReceived(peer.name, wanted))
                 self._coordinator.note("objects", f"the update of {peer.name!r} can't be stored: {error}")
                 raise
             except asyncio.CancelledError:
@@ -163,13 +178,42 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             raise
 
     async def _append(self, device: str, ready: UpdateReady, arrival: Arrival, context: Context) -> None:
-        reported = 0
-        while (message := await context.read()) is not grpc.aio.EOF:
+        def expected() -> None:
+            """Raises TooLate or NotFound as soon as the round is closed or the device is out of it."""
+            self._coordinator.machine_for(ready.key.run).assignment(device, ready.key)
+
+        told = 0.0
+        while (message := await _read(context, expected)) is not grpc.aio.EOF:
             if message.WhichOneof("body") != "chunk":
                 raise ProtocolError("after its header a push holds chunks only")
             await asyncio.to_thread(arrival.write, message.chunk.data)
-            if arrival.offset - reported >= 4 * CHUNK:
-                reported = arrival.offset
-                # TooLate or NotFound as soon as the round is closed or the device is out of it.
-                self._coordinator.machine_for(ready.key.run).assignment(device, ready.key)
-                await self._coordinator.post(c.ProgressSeen(device, ready.key, "push", reported, ready.ref.size))
+            if (now := time.monotonic()) - told >= TELL_SECONDS:
+                told = now
+                expected()
+                seen = c.ProgressSeen(device, ready.key, "push", arrival.offset, ready.ref.size, measured=True)
+                await self._coordinator.post(seen)
+
+
+async def _read(context: Context, expected: Callable[[], None]) -> Any:
+    """The next message. Raises what `expected` does, which is asked again and again: a peer that sends nothing, or a byte now and
+    then, must not hold its place here for longer than in the round."""
+    reading = asyncio.ensure_future(context.read())
+    try:
+        while not (await asyncio.wait({reading}, timeout=LOOK_SECONDS))[0]:
+            expected()
+        return reading.result()
+    finally:
+        reading.cancel()
+
+
+async def _write(context: Context, message: Any, ends: float) -> None:
+    """Send a message. A peer that has not read it by `ends`, of the monotonic clock, has its connection cut: an orderly end would
+    wait for it, too."""
+    writing = asyncio.ensure_future(context.write(message))
+    try:
+        timeout = None if ends == math.inf else max(0.0, ends - time.monotonic())
+        if not (await asyncio.wait({writing}, timeout=timeout))[0] and (address := address_of(context.peer())) is not None:
+            await asyncio.to_thread(hang_up, address)
+        await writing
+    finally:
+        writing.cancel()

@@ -136,8 +136,8 @@ def kinds(commands, device=None):
     return [type(x).__name__ for x in commands if device is None or getattr(x, "device", None) == device]
 
 
-def opened(**run) -> Shell:
-    shell = Shell(**run)
+def opened(extra: str = "", **run) -> Shell:
+    shell = Shell(extra, **run)
     shell.join("a", "b")
     return shell
 
@@ -354,7 +354,8 @@ def test_a_quorum_of_seven_hundredths_of_a_hundred_is_seven():
 
 @pytest.mark.parametrize("phase", ["verify", "fetch", "load", "probe", "fidelity"])
 def test_silence_drops_a_device_and_progress_keeps_it(phase):
-    shell = opened(progress_timeout_seconds=10.0)
+    shell = opened("[train]\nfidelity = true\n", progress_timeout_seconds=10.0, min_bytes_per_second=0)
+    shell.machine.broadcast[0] = digest("adapter")  # of 100 bytes, to be fetched
     for now in range(1, 40, 4):
         shell.now = now
         shell.do(c.ProgressSeen("a", shell.key, phase, now, 100))
@@ -403,7 +404,7 @@ def test_the_hard_limit_closes_a_round_whatever_the_progress():
     for now in range(10, 120, 10):
         shell.now = now
         if shell.machine.current.closed is None:
-            shell.do(c.ProgressSeen("b", shell.key, "probe", now, 10**6), c.Tick())
+            shell.do(c.ProgressSeen("b", shell.key, "probe", now, 110), c.Tick())
     assert shell.machine.phase is Phase.AGGREGATING and shell.machine.current.closed.reason == "the round's time limit"
 
 

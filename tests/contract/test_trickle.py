@@ -1,0 +1,109 @@
+"""A peer that trickles holds neither a round nor a place at the server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc.aio
+import pytest
+from server_side import Device, Server, error_name, ready_for, run_toml
+from test_collecting import LARGE
+
+from common.pb import objects_pb2, objects_pb2_grpc
+from common.transport import serde
+from common.transport.wire import CHUNK
+
+TIMEOUT = 3.0
+
+
+def toml(**values) -> str:
+    return run_toml(
+        "global", lora_rank=64, lora_broadcast_rank=256, progress_timeout_seconds=TIMEOUT, final_evaluation=False, **values
+    )
+
+
+@pytest.mark.parametrize(("size", "pause"), [(4096, 0.1), (0, 0.0)])
+def test_a_trickling_sender_is_out_of_the_round_and_its_push_ends(server: Server, size, pause):
+    """Bob's push brings 40 KB a second where 1 MB is the least, or nothing at all after its header."""
+
+    async def main():
+        ended: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
+        pushing: list[asyncio.Task[None]] = []
+        alice, bob = (Device(server, name, manifest=LARGE, units=2, chunk=CHUNK) for name in ("alice", "bob"))
+
+        async def trickle(assignment, device):
+            data = device.honest(assignment)
+            ready = ready_for(assignment.key, data)
+
+            async def pieces():
+                yield objects_pb2.PushMessage(header=serde.ready_to_pb(ready, 0))
+                if not size:
+                    await asyncio.sleep(60)
+                for begin in range(0, len(data), size):
+                    await asyncio.sleep(pause)
+                    yield objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=data[begin : begin + size]))
+
+            async def push() -> None:  # whatever the server says in the session
+                async with server.channel("bob") as channel:
+                    try:
+                        await objects_pb2_grpc.ObjectsStub(channel).Push(pieces(), timeout=60)
+                    except grpc.aio.AioRpcError as error:
+                        ended.set_result(error)
+
+            pushing.append(asyncio.create_task(push()))
+            await asyncio.Event().wait()  # and that was all it had to say
+
+        bob.make = trickle
+        run = await server.begin(toml(rounds=1, min_bytes_per_second=1e6), LARGE)
+        async with asyncio.timeout(60):
+            living = asyncio.gather(alice.live(), bob.live())
+            status = await server.until(lambda s: s["state"] == "finished", run=run)
+            error = await ended
+            living.cancel()
+            await asyncio.wait({living, *pushing})
+        return status, error
+
+    status, error = asyncio.run(main())
+    (only,) = status["history"]
+    assert only["committed"] and only["weights"] == {"alice": 40}
+    said = only["devices"]["bob"]["message"]
+    assert ("run.min_bytes_per_second" in said and "push" in said) if size else "no progress" in said
+    assert error_name(error) in ("NotFound", "TooLate"), error
+
+
+def test_who_does_not_read_what_it_fetches_loses_its_connection(server: Server):
+    """Bob takes the first piece of an adapter object and waits; the round goes on, and what he did not take never comes."""
+
+    async def main():
+        alice, bob = (Device(server, name, manifest=LARGE, units=2, chunk=CHUNK) for name in ("alice", "bob"))
+        fetching: list[asyncio.Task[tuple[int, int]]] = []
+
+        async def take_a_piece(ref) -> tuple[int, int]:
+            async with server.channel("bob") as channel:
+                call = objects_pb2_grpc.ObjectsStub(channel).Fetch(objects_pb2.FetchRequest(digest=ref.digest, offset=0))
+                came = len((await call.read()).data)
+                await asyncio.sleep(TIMEOUT + 4)  # more than a piece may take
+                with pytest.raises(grpc.aio.AioRpcError):
+                    while True:
+                        came += len((await call.read()).data)
+            return came, ref.size
+
+        async def second_round(assignment, device):
+            if assignment.key.round == 0:
+                return device.honest(assignment)
+            fetching.append(asyncio.create_task(take_a_piece(assignment.adapter[0].ref)))
+            return await asyncio.Event().wait()
+
+        bob.make = second_round
+        run = await server.begin(toml(rounds=2, min_bytes_per_second=1e6), LARGE)
+        async with asyncio.timeout(60):
+            living = asyncio.gather(alice.live(), bob.live())
+            status = await server.until(lambda s: s["state"] == "finished", run=run)
+            came, size = await fetching[0]
+            living.cancel()
+            await asyncio.wait({living})
+        return status, came, size
+
+    status, came, size = asyncio.run(main())
+    assert status["history"][1]["weights"] == {"alice": 40} and status["history"][1]["committed"]
+    assert 0 < came < size
