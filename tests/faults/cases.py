@@ -9,6 +9,12 @@ from typing import Any
 from common.faults import DISK, POINTS
 from tests.faults.case import Case
 
+WRITING = (
+    "server.log", "server.object", "server.push", "server.aggregate", "server.export", "device.state", "device.outbox",
+    "device.fetch", "device.push", "worker.update", "worker.store",
+)  # fmt: skip
+"""Where something is being written, or has just been; elsewhere it makes no difference how much of nothing is left."""
+
 Trace = dict[str, dict[str, int]]
 """Process -> point (with its /which) -> how often an undisturbed run passes it."""
 
@@ -75,8 +81,11 @@ def storage_cases(trace: Trace) -> list[Case]:
     """At every point the power of its machine goes: with all that was not synced, and with some of it."""
     cases = []
     points = {point: times for name in ("server", "alpha", "export") for point, times in trace[name].items()}
+    ordered = sorted(points, key=lambda name: (list(POINTS).index(name.partition("/")[0]), name))
     for chance in (None, 1):
-        for number, point in enumerate(sorted(points, key=lambda name: (list(POINTS).index(name.partition("/")[0]), name))):
+        for number, point in enumerate(ordered):
+            if chance is not None and not point.startswith(WRITING):
+                continue
             where, how = place(point), "nothing unsynced is left" if chance is None else "some of it is left"
             fault = {"at": point, "hit": hit_of(point, points[point]), "do": f"ask:power:{where}"}
             seed = None if chance is None else number
