@@ -143,7 +143,7 @@ class Fleet:
                 self._thaw.remove((at, pid))
                 if pid in self.pids.values():
                     os.kill(pid, signal.SIGCONT)
-        time.sleep(0.01)
+        time.sleep(0.02)
 
     def _operate(self) -> None:
         """Start the run once the server answers; again when the server was killed before it had an answer."""
@@ -232,7 +232,7 @@ class Fleet:
 
     def happened(self) -> list[str]:
         """The faults that have happened, as ``process: deed at point``."""
-        found = []
+        found = [f"flipped a bit of {name}" for name in self.flipped]
         for name, faults in self.case.faults.items():
             for number, one in enumerate(faults):
                 if (self.root / "marks" / name / f"fault-{number}").exists():
