@@ -134,9 +134,9 @@ def deed(rng: random.Random, name: str, point: str) -> str:
         (2, f"ask:net:delay:{rng.uniform(0.05, 0.4):.2f}:3"),
         (2, f"ask:freeze:{rng.choice((name, other))}:{rng.uniform(0.5, 3):.1f}"),
         (1, f"delay:{rng.uniform(0.2, 2):.1f}"),
-        (2, f"ask:jump:{rng.choice((name, other))}:{rng.choice((-240, 240, 7200, 2_592_000))}"),
+        (2, f"ask:jump:{rng.choice((name, other))}:{rng.choice((-240, 240, 7200, 6_048_000))}"),
         (3, f"ask:mischief:{rng.choice((name, other))}:{rng.choice(('twice', 'late', 'swap'))}"),
-        (2, f"ask:flip:{rng.choice(('cache', 'partial', 'objects'))}"),
+        (2, f"ask:flip:{rng.choice(('cache', 'outbox', 'partial', 'objects'))}"),
     ]  # fmt: skip
     if point.partition("/")[0] in DISK and name == "server":
         choices.append((8, "fail:ENOSPC"))

@@ -276,9 +276,12 @@ class Fleet:
 
 
 def flip(root: Path, where: str) -> list[str]:
-    """Turn one bit of a file that is stored: of a device's cache, or of the server's arrivals or objects; which."""
-    pattern = {"cache": "alpha/cache/objects/*", "partial": "server/partial/*/*", "objects": "server/objects/*/*"}[where]
-    for path in sorted(root.glob(pattern)):
+    """Turn one bit of a file that is stored: of a device's cache or outbox, or of the server's arrivals or objects; which."""
+    patterns = {
+        "cache": "alpha/cache/objects/*", "outbox": "alpha/outbox/*.safetensors",
+        "partial": "server/partial/*/*", "objects": "server/objects/*/*",
+    }  # fmt: skip
+    for path in sorted(root.glob(patterns[where])):
         data = bytearray(path.read_bytes())
         if data:
             data[len(data) // 2] ^= 16
