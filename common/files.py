@@ -29,9 +29,9 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """`path` and its parents where they are missing; durable when this returns. Raises OSError."""
-    if path.is_dir():
-        return
-    make_directory(path.parent)
+    """`path` and its parents where they are missing; its own entry is durable when this returns, also when somebody made the
+    directory before and was killed. Raises OSError."""
+    if not path.parent.is_dir():
+        make_directory(path.parent)
     path.mkdir(exist_ok=True)
     sync_directory(path.parent)

@@ -18,6 +18,7 @@ from typing import Protocol
 from common.bucket import Bucket
 from common.errors import (
     AlreadyDone,
+    DigestError,
     FedPrunerError,
     IdentityError,
     InUseError,
@@ -30,7 +31,18 @@ from common.errors import (
 )
 from common.faults import fault
 from common.transport.wire import Backoff
-from common.types import Assignment, PlanReport, ProbeReport, ProbeTask, Progress, RunSpec, TaskFailed, TaskKey, UnitObject
+from common.types import (
+    Assignment,
+    PlanReport,
+    ProbeReport,
+    ProbeTask,
+    Progress,
+    RunSpec,
+    TaskFailed,
+    TaskKey,
+    UnitObject,
+    UpdateReady,
+)
 from fp_client.cache import ObjectCache
 from fp_client.guard import Guard
 from fp_client.health import Link
@@ -258,17 +270,31 @@ class Agent:
     async def _train(self, spec: RunSpec, task: Assignment) -> None:
         self._guard.assignment(spec, task, self._plans.report(spec.run))
         fault("device.task.allowed", "train")
+        try:
+            await self._push(task, await self._update(spec, task))
+        except DigestError as error:
+            if await asyncio.to_thread(self._outbox.find, task) is not None:
+                raise  # the bytes here are those that were trained
+            log.warning(
+                "run %s, round %d: the update on this disk is damaged, training again: %s", spec.run, task.key.round + 1, error
+            )
+            await self._push(task, await self._update(spec, task))
+
+    async def _update(self, spec: RunSpec, task: Assignment) -> UpdateReady:
+        """The update that answers the assignment: one that was kept, or trained now."""
         ready = await asyncio.to_thread(self._outbox.find, task)
-        if ready is None:
-            same_weights(spec, await self._work.fingerprint(spec, self._note))
-            adapter = await self._fetch(task.adapter)
-            fault("device.task.fetched", "train")
-            out = self._outbox.blank(task.key.run)
-            result = await self._work.train(spec, task, adapter, out, self._note)
-            fault("device.task.done", "train")
-            ready = await asyncio.to_thread(self._outbox.put, task, out, result.metrics)
-        else:
+        if ready is not None:
             log.info("run %s, round %d: already trained; pushing the update that was kept", task.key.run, task.key.round + 1)
+            return ready
+        same_weights(spec, await self._work.fingerprint(spec, self._note))
+        adapter = await self._fetch(task.adapter)
+        fault("device.task.fetched", "train")
+        out = self._outbox.blank(task.key.run)
+        result = await self._work.train(spec, task, adapter, out, self._note)
+        fault("device.task.done", "train")
+        return await asyncio.to_thread(self._outbox.put, task, out, result.metrics)
+
+    async def _push(self, task: Assignment, ready: UpdateReady) -> None:
         ready = replace(ready, metrics=self._policy.redact_metrics(ready.metrics))  # at the last moment: it may be an older one
         path, note = self._outbox.path(task.key.run), lambda done, total: self._note("push", done, total)
         await self._transfer.push(ready, path, note, self._policy.check_upload)

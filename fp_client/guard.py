@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.errors import PolicyError
 from common.faults import fault
+from common.files import make_directory
 from common.types import Assignment, PlanReport, ProbeTask, RunSpec, TaskKey
 from fp_client import sanity
 from fp_client.policy import FILE, Policy
@@ -81,7 +82,7 @@ class Guard:
         """Not synced: a count may be lost with the machine's power, not with the daemon."""
         temporary = self._path.with_name(self._path.name + ".tmp")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self._path.parent)
             temporary.write_text(json.dumps({"hours": self._hours, "rounds": self._rounds}))
             fault("device.guard.written")
             temporary.replace(self._path)

@@ -64,6 +64,8 @@ class ObjectStore:
         self._adoptions: dict[str, tuple[int, float]] = {}
         """Digest -> the how-manieth adoption it was, and when by the monotonic clock."""
         self._count = 0
+        self._folders: set[str] = set()
+        """Of two digits each: those whose entry this process has synced. Who made one may have been killed before that."""
         for path in () if reading else (self._objects, self.partial, self.scratch):
             make_directory(path)
 
@@ -187,16 +189,17 @@ class ObjectStore:
         try:
             size = source.stat().st_size
             target = self._objects / digest[:2] / digest
+            if digest[:2] not in self._folders:
+                target.parent.mkdir(exist_ok=True)
+                fault("server.object.folder")
+                sync_directory(self._objects)
+                self._folders.add(digest[:2])
             if target.exists() and digest_file(target) != digest:
                 self._isolate(digest, f"the bytes of object {digest[:16]}… are not what was written")
             if target.exists():
                 sync_directory(target.parent)  # whoever moved it there may have been killed before this
                 source.unlink()
                 return ObjectRef(digest, size)
-            if not target.parent.is_dir():
-                target.parent.mkdir(exist_ok=True)
-                fault("server.object.folder")
-                sync_directory(self._objects)
             fault("server.object.finished")
             with source.open("rb") as file:
                 os.fsync(file.fileno())

@@ -334,6 +334,29 @@ def test_an_update_not_pushed_survives_a_restart_and_is_not_trained_again(tmp_pa
     against(tmp_path, body)
 
 
+def test_an_update_that_was_damaged_on_the_devices_disk_is_trained_again(tmp_path):
+    class Damaged(Transfer):
+        pushes = 0
+
+        async def push(self, ready, path, *rest):
+            self.pushes += 1
+            if self.pushes == 1:
+                path.write_bytes(b"x" + path.read_bytes()[1:])
+                raise DigestError("the bytes received do not have the digest")
+            return await super().push(ready, path, *rest)
+
+    async def body(server):
+        async with Device(server, tmp_path) as device:
+            device.agent._transfer = Damaged(device.connection)
+            await device.joins()
+            await device.hears("assignment", assignment())
+            await device.until(lambda: server.objects.accepted)
+            assert list(server.objects.accepted.values()) == [b"update of " + str(KEY).encode()]
+            assert device.work.begun == ["plan", "train", "train"]
+
+    against(tmp_path, body)
+
+
 @pytest.mark.parametrize("kind", [OffsetError, DigestError, StorageError, ProtocolError])
 def test_no_refusal_but_a_final_one_costs_the_trained_update(tmp_path, kind):
     async def body(server):

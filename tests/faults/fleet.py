@@ -143,7 +143,7 @@ class Fleet:
                 self._thaw.remove((at, pid))
                 if pid in self.pids.values():
                     os.kill(pid, signal.SIGCONT)
-        time.sleep(0.01)
+        time.sleep(0.02)
 
     def _operate(self) -> None:
         """Start the run once the server answers; again when the server was killed before it had an answer."""
@@ -232,7 +232,7 @@ class Fleet:
 
     def happened(self) -> list[str]:
         """The faults that have happened, as ``process: deed at point``."""
-        found = []
+        found = [f"flipped a bit of {name}" for name in self.flipped]
         for name, faults in self.case.faults.items():
             for number, one in enumerate(faults):
                 if (self.root / "marks" / name / f"fault-{number}").exists():
@@ -276,9 +276,12 @@ class Fleet:
 
 
 def flip(root: Path, where: str) -> list[str]:
-    """Turn one bit of a file that is stored: of a device's cache, or of the server's arrivals or objects; which."""
-    pattern = {"cache": "alpha/cache/objects/*", "partial": "server/partial/*/*", "objects": "server/objects/*/*"}[where]
-    for path in sorted(root.glob(pattern)):
+    """Turn one bit of a file that is stored: of a device's cache or outbox, or of the server's arrivals or objects; which."""
+    patterns = {
+        "cache": "alpha/cache/objects/*", "outbox": "alpha/outbox/*.safetensors",
+        "partial": "server/partial/*/*", "objects": "server/objects/*/*",
+    }  # fmt: skip
+    for path in sorted(root.glob(patterns[where])):
         data = bytearray(path.read_bytes())
         if data:
             data[len(data) // 2] ^= 16

@@ -111,7 +111,9 @@ class Ground:
         finally:
             os.kill(server, 15)
             spawn.wait(server)
-        # The manifest is of the model; the operator's command would read the weights anew for every case.
+        for left in ("objects", "partial", "scratch"):  # a case's server is started for the first time
+            shutil.rmtree(making / "server" / left)
+        (making / "server" / "endpoint.json").unlink()
         log.unlink()
         making.rename(self.directory / "template")
 

@@ -111,12 +111,13 @@ def serve(path: str) -> None:
     import torch
 
     from common.types import Quantization
-    from fp_client import tasks
+    from fp_client import pacing, tasks
     from fp_client.warmup import warm_up
 
     torch.set_num_threads(1)
     for quantization in Quantization:
         warm_up("cpu", torch.float32, quantization)
+    pacing.ENOUGH = 0.0  # a pace is only for predicting
     tasks.warm_up = lambda *_: None  # type: ignore[assignment]  # every fork is warm already
     gc.collect()
     gc.freeze()

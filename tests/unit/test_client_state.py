@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from common.types import Assignment, ObjectRef, Part, ProbeSpec, RunSpec, TaskKe
 from fp_client.app import only_daemon
 from fp_client.cache import ObjectCache
 from fp_client.state import Outbox, Runs
+from tests.unit.disk import Disk
 
 KEY = TaskKey("r", 0, 0)
 TRAIN = TrainSpec(5, 4, 128, 1e-4, 8, 16.0, ("self_attn.q_proj",), 1)
@@ -28,6 +30,31 @@ def test_runs_are_remembered_until_they_end(tmp_path):
     Runs(tmp_path).forget("r")
     with pytest.raises(NotFound, match="has not joined"):
         Runs(tmp_path).get("r")
+
+
+def test_a_run_that_was_told_about_is_remembered_after_the_power_went(tmp_path, monkeypatch):
+    """Also where the directory was made before, by who did not sync it."""
+    for name in ("made", "runs"):
+        (tmp_path / name).mkdir()
+    disk = Disk(tmp_path, monkeypatch)
+    disk.names[tmp_path.stat().st_ino] = {}
+    Runs(tmp_path / "runs").remember(SPEC)
+    Runs(tmp_path / "new" / "runs").remember(SPEC)
+    left = disk.after_the_power_went()
+    assert {name for name, data in left.items() if data} == {"runs/r.json", "new/runs/r.json"}
+
+
+def test_a_finished_update_is_kept_when_the_power_goes(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    outbox = Outbox(tmp_path / "outbox")
+    path = outbox.blank("r")
+    with path.open("wb") as out:  # as `write_blocks` does
+        out.write(b"update")
+        out.flush()
+        os.fsync(out.fileno())
+    outbox.put(TASK, path, UpdateMetrics(2.0, 1.0))
+    left = disk.after_the_power_went()
+    assert left["outbox/r.safetensors"] == b"update" and left["outbox/r.json"]
 
 
 def put(outbox: Outbox, task: Assignment, data: bytes):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from common.errors import DigestError, NotFound, StorageError
 from common.types import ObjectRef
 from fp_server import objects
 from fp_server.objects import ObjectStore
+from tests.unit.disk import Disk
 
 
 def ref_of(data: bytes) -> ObjectRef:
@@ -155,39 +155,6 @@ def test_a_full_disk_when_a_device_first_pushes(store, monkeypatch):
         store.arrival("carol", ref_of(b"abc"))
 
 
-class Disk:
-    """A storage fake that forgets what was not synced: contents by inode, names by directory."""
-
-    def __init__(self, root: Path, monkeypatch) -> None:
-        self.root, self.contents, self.names = root, {}, {}
-        self._fsync = os.fsync
-        monkeypatch.setattr(os, "fsync", self.fsync)
-        for directory in (root, *(p for p in root.rglob("*") if p.is_dir())):
-            self.names[directory.stat().st_ino] = {p.name: p.stat().st_ino for p in directory.iterdir()}
-
-    def fsync(self, fd: int) -> None:
-        self._fsync(fd)
-        info, place = os.fstat(fd), Path(f"/proc/self/fd/{fd}").readlink()
-        if stat.S_ISDIR(info.st_mode):
-            self.names[info.st_ino] = {p.name: p.stat().st_ino for p in place.iterdir()}
-        else:
-            self.contents[info.st_ino] = place.read_bytes()
-
-    def after_the_power_went(self) -> dict[str, bytes]:
-        """path -> content of every file that is still there."""
-        found: dict[str, bytes] = {}
-
-        def walk(inode: int, prefix: str) -> None:
-            for name, child in self.names.get(inode, {}).items():
-                if child in self.names:
-                    walk(child, f"{prefix}{name}/")
-                else:
-                    found[prefix + name] = self.contents.get(child, b"")
-
-        walk(self.root.stat().st_ino, "")
-        return found
-
-
 def test_what_adopt_returned_is_there_after_the_power_went(store, tmp_path, monkeypatch):
     disk = Disk(tmp_path, monkeypatch)
     first, second = store.adopt(made(store, b"abc")), store.adopt(made(store, b"abd"))
@@ -207,6 +174,16 @@ def test_an_object_whose_rename_was_not_synced_is_synced_by_who_finds_it(store, 
     assert f"objects/{ref.digest[:2]}/{ref.digest}" not in disk.after_the_power_went()
     assert store.adopt(made(store, b"abc", "again")) == ref
     assert disk.after_the_power_went()[f"objects/{ref.digest[:2]}/{ref.digest}"] == b"abc"
+
+
+def test_a_folder_whose_entry_was_not_synced_is_synced_by_who_finds_it(store, tmp_path, monkeypatch):
+    """The process was killed when it had made the folder; the next one finds it and must not take it for durable."""
+    digest = objects.digest_file(made(store, b"abc"))
+    disk = Disk(tmp_path, monkeypatch)
+    (store._objects / digest[:2]).mkdir()
+    again = objects.ObjectStore(tmp_path)
+    ref = again.adopt(made(again, b"abc", "again"))
+    assert disk.after_the_power_went()[f"objects/{digest[:2]}/{ref.digest}"] == b"abc"
 
 
 def test_the_fake_disk_does_forget(store, tmp_path, monkeypatch):
