@@ -119,6 +119,12 @@ class Agent:
         if self._session is not None:
             await self._session.finish()
 
+    async def replan(self) -> None:
+        """What this device can hold has changed: the server asks whoever connects, before the next round. A task under way goes
+        on."""
+        await self._plans.forget_all()
+        await self.reconnect()
+
     async def run(self) -> None:
         """Stay connected. Raises UnreachableError after bounded tries, IdentityError, ProtocolError (other schema)."""
         failures = 0

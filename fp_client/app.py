@@ -23,6 +23,7 @@ from fp_client.cache import ObjectCache
 from fp_client.config import ClientConfig, cache_dir, load_config, need_server
 from fp_client.health import tell
 from fp_client.policy import load_policy
+from fp_client.rebudget import take_up
 from fp_client.renewal import stay_valid
 from fp_client.rpc import Connection
 from fp_client.rpc_objects import Transfer
@@ -87,8 +88,9 @@ async def serve(directory: Path) -> None:
     address = need_server(config, directory)
     connection = Connection(directory, address, backoff_of(config))
     cache = ObjectCache(cache_dir(config, directory) / "objects", config.cache.max_size)
+    work = LocalWork(config, directory)
     agent = Agent(
-        connection.open, Transfer(connection), LocalWork(config, directory), policy, cache,
+        connection.open, Transfer(connection), work, policy, cache,
         Runs(directory / "runs"), Outbox(directory / "outbox"), connection.backoff,
     )  # fmt: skip
     running = asyncio.create_task(agent.run())
@@ -106,6 +108,13 @@ async def serve(directory: Path) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
+    beside: set[asyncio.Task[object]] = {telling, renewing}
+
+    def hang_up() -> None:
+        beside.add(reading := asyncio.create_task(take_up(directory, work, agent)))
+        reading.add_done_callback(beside.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
     log.info("device directory %s, server %s", directory, address)
     if problem := exposed(directory / "device.key"):
         log.warning("%s", problem)
@@ -119,9 +128,10 @@ async def serve(directory: Path) -> None:
             raise
         log.info("stopped")
     finally:
-        for beside in (telling, renewing):
-            beside.cancel()
-        await asyncio.wait([telling, renewing])
+        ending = list(beside)
+        for task in ending:
+            task.cancel()
+        await asyncio.wait(ending)
         await connection.close()
 
 

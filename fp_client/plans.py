@@ -73,6 +73,11 @@ class Plans:
             await cancel(plan)
         self._reports.pop(run, None)
 
+    async def forget_all(self) -> None:
+        """What this device can hold is another matter now; whoever asked before it was answered asks again."""
+        await self.close()
+        self._reports.clear()
+
     async def close(self) -> None:
         """Drop whatever is under way."""
         for plan in list(self._under_way.values()):

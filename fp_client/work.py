@@ -97,6 +97,17 @@ class LocalWork:
         self._plans: dict[RunSpec, Plan] = {}
         self._paces: dict[tuple[Any, ...], Pace] = {}
 
+    def rebudget(self, config: ClientConfig) -> bool:
+        """Take up another configuration's budget and bound on disk; whether they are others. Runs are planned anew, and a task
+        that begins from now on has a worker of its own."""
+        cache = self.config.cache.model_copy(update={"max_spill": config.cache.max_spill})
+        changed = self.config.model_copy(update={"budget": config.budget, "cache": cache})
+        if changed == self.config:
+            return False
+        self.config, self.budget_bytes = changed, budget_of(changed, self.device)
+        self._plans.clear()
+        return True
+
     async def close(self) -> None:
         """End the worker process."""
         worker, self._worker = self._worker, None
