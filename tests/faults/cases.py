@@ -109,7 +109,6 @@ def storage_cases(trace: Trace) -> list[Case]:
 
 SAMPLE = (
     "server.log.append.written/UpdateAccepted kill server",
-    "server.aggregate.broadcast kill device",
     "device.outbox.moved kill device",
     "device.push.middle kill server",
     "server.object.synced disk full",
