@@ -35,9 +35,13 @@ RANDOM = 100
 
 
 def fast_place() -> Path:
-    """Where federations live while they run: in memory, where the system has such a place."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="fp-faults-", dir=memory if memory.is_dir() else None))
+    """Where federations live while they run: in memory, where the system has such a place. What one that was killed has left
+    there goes."""
+    memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+    for left in memory.glob("fp-faults-*-*"):
+        if not Path(f"/proc/{left.name.split('-')[2]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"fp-faults-{os.getpid()}-", dir=memory))
 
 
 @contextmanager

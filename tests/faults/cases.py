@@ -73,8 +73,22 @@ def point_cases(trace: Trace) -> list[Case]:
     for point in ("server.stop.draining", "server.stop.closed"):
         cases.append(Case(f"{point} kill server", stops(f"kill {point}")))
         cases.append(Case(f"{point} kill device", stops(f"ask:kill:alpha {point}")))
-    order = ("kill server", "kill device", "disk full", "kill worker")
-    return sorted(cases, key=lambda c: order.index(next(side for side in order if c.name.endswith(side))))
+    return first_of_each(cases)
+
+
+SIDES = ("kill server", "kill device", "disk full", "kill worker")
+
+
+def first_of_each(cases: list[Case]) -> list[Case]:
+    """Every point on every side before the other messages, events and tasks of the same point."""
+    seen: set[tuple[str, str]] = set()
+    ranked: list[tuple[int, int, Case]] = []
+    for case in cases:
+        side = next(side for side in SIDES if case.name.endswith(side))
+        again = (case.name.partition(" ")[0].partition("/")[0], side) in seen
+        seen.add((case.name.partition(" ")[0].partition("/")[0], side))
+        ranked.append((again, SIDES.index(side), case))
+    return [case for _, _, case in sorted(ranked, key=lambda one: one[:2])]
 
 
 def storage_cases(trace: Trace) -> list[Case]:
@@ -95,7 +109,6 @@ def storage_cases(trace: Trace) -> list[Case]:
 
 SAMPLE = (
     "server.log.append.written/UpdateAccepted kill server",
-    "server.aggregate.broadcast kill device",
     "device.outbox.moved kill device",
     "device.push.middle kill server",
     "server.object.synced disk full",

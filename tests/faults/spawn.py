@@ -6,6 +6,7 @@ Each runs the program's own `main`, in a session of its own. This process must s
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -42,6 +43,7 @@ def spawn(work: Callable[[], object], log: Path, environment: dict[str, str]) ->
     code: object = 70
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing outlives this test
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.faults import shadow
 from tests.faults.cases import SAMPLE
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.timeout(1200)  # a minute on an idle machine, and CI's is not
 def test_a_sample_of_the_fault_points(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults", "sample", "--dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
