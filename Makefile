@@ -77,8 +77,10 @@ images: engine wheelhouse ## Build fedpruner-server and fedpruner-client:cpu fro
 	DOCKER_BUILDKIT=1 docker build -q -f Dockerfile.server -t fedpruner-server .
 	DOCKER_BUILDKIT=1 docker build -q -f Dockerfile.client --build-arg TORCH=cpu -t fedpruner-client:cpu .
 
+CONTAINER_TESTS ?= tests/containers
+
 test-containers: $(STAMP) model images ## Real containers: runs, memory limits, cut networks, restarts (needs Docker)
-	$(PYTEST) tests/containers --timeout 1500 --durations 10
+	$(PYTEST) $(CONTAINER_TESTS) --timeout 1500 --durations 10
 
 audit: $(STAMP) images ## Look up known vulnerabilities of what the images hold (needs PyPI's or OSV's service; fails without)
 	$(BIN)/python deploy/audit.py fedpruner-server fedpruner-client:cpu
