@@ -181,7 +181,7 @@ class Federation:
         tails = "\n".join(f"--- {name}\n" + "\n".join(self.log(name).splitlines()[-25:]) for name in self.processes)
         raise AssertionError(f"not within {seconds} s: {what}\n{tails}")
 
-    def wait_state(self, state: str = "finished", seconds: float = 240) -> dict[str, Any]:
+    def wait_state(self, state: str = "finished", seconds: float = 600) -> dict[str, Any]:
         """Wait for the run's state; returns its status."""
         self.wait(lambda: self.status()["state"] == state, seconds, f"the run is {state}")
         return self.status()

@@ -45,7 +45,9 @@ def undisturbed(federate: Federate, model: Path, kind: str, name: str) -> dict[s
     if kind == "streamed components":
         assert all(member["fidelity"] is None and len(member["units"]) == 4 for member in members)
     if kind == "stitched components":
-        assert all(0 < member["fidelity"] < 1 and len(member["unit_fidelity"]) == len(member["units"]) for member in members)
+        said = [member["fidelity"] for member in members]
+        assert all(cosine is not None and -1 <= cosine <= 1 for cosine in said), said
+        assert all(len(member["unit_fidelity"]) == len(member["units"]) for member in members)
     return federation.ledger("run")
 
 
