@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from server_side import Device, Server, run_toml, whole_run
-from test_damage import flip
+from test_damaged_objects import flip
 from test_verify import tool
 
 from common.errors import ConfigError, DamagedError, StorageError
