@@ -24,14 +24,11 @@ from typing import Any
 
 from tests.faults import shadow, spawn
 from tests.faults.case import Case
-from tests.faults.cases import Trace, counted, point_cases, random_case, sample, storage_cases
+from tests.faults.cases import RANDOM, Trace, counted, point_cases, random_case, sample, storage_cases
 from tests.faults.fleet import play
 from tests.faults.ground import DEVICES, Ground
 from tests.faults.report import report
 from tests.faults.workers import WorkerHost
-
-RANDOM = 100
-"""Seeds of `random`."""
 
 
 def fast_place() -> Path:

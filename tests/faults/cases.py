@@ -18,6 +18,9 @@ WRITING = (
 Trace = dict[str, dict[str, int]]
 """Process -> point (with its /which) -> how often an undisturbed run passes it."""
 
+RANDOM = 100
+"""Seeds of random schedules that are played."""
+
 UNSTEADY = ("/progress", "device.health.written", "worker.task.step", "server.fetch", "device.fetch", "server.object.")
 """What a run passes more or less often, by its timing; the first time is certain."""
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from common.faults import POINTS
+from tests.faults.cases import RANDOM, SIDES, point_cases, storage_cases
 
 MARKS = ("<!-- faults: written by `make faults-report` -->", "<!-- /faults -->")
-SIDES = ("kill server", "kill device", "kill worker", "disk full")
 POWER = ("power fails, nothing unsynced is left", "power fails, some of it is left")
 WORDS = {"identical": "same bytes", "explained": "logged", "failed": "FAILED"}
 
@@ -56,15 +56,17 @@ def gathered(lines: list[dict[str, Any]], kinds: tuple[str, ...]) -> dict[tuple[
     return found
 
 
-def summary(lines: list[dict[str, Any]], what: str) -> str:
+def summary(lines: list[dict[str, Any]], what: str, planned: int) -> str:
     """How many cases came to what, in a sentence."""
+    if not lines:
+        return f"`{what}`: none of its {planned} cases has been played yet."
     counts = Counter(line["outcome"] for line in lines)
     seconds = sum(line["seconds"] for line in lines)
     parts = [f"{counts[kind]} {text}" for kind, text in (
         ("identical", "ended with the same bytes"), ("explained", "ended with other bytes for a reason that is in the log"),
         ("failed", "failed"),
     )]  # fmt: skip
-    return f"{what}: {len(lines)} runs in {seconds / 60:.0f} minutes; " + ", ".join(parts) + "."
+    return f"`{what}`: {len(lines)} of {planned} cases in {seconds / 60:.0f} minutes; " + ", ".join(parts) + "."
 
 
 def reasons(lines: list[dict[str, Any]]) -> list[str]:
@@ -76,19 +78,30 @@ def reasons(lines: list[dict[str, Any]]) -> list[str]:
 
 def written(directory: Path) -> str:
     """The text between the marks."""
+    trace = json.loads((directory / "calm.json").read_text())["trace"]
     points, chance, storage = (read(directory / f"{mode}.jsonl") for mode in ("points", "random", "storage"))
-    out = ["### Every point, on both sides", "", summary(points, "`make faults`"), ""]
-    out += [*table(gathered(points, SIDES), SIDES), "", "Not the same bytes:", "", *(reasons(points) or ["- none"]), ""]
-    out += ["### Three faults at random", "", summary(chance, "`make faults-random`"), ""]
-    deeds = Counter(deed.split(" ", 1)[1].split(" at ")[0] for line in chance for deed in line["happened"])
-    kinds: Counter[str] = Counter()
-    for deed, count in deeds.items():
-        parts = deed.removeprefix("ask:").split(":")
-        kinds[" ".join(part for part in parts if not part.lstrip("-").replace(".", "").isdigit())] += count
-    out += ["| what happened | times |", "| --- | --- |", *(f"| {kind} | {count} |" for kind, count in sorted(kinds.items())), ""]
-    out += ["Not the same bytes:", "", *(reasons(chance) or ["- none"]), ""]
-    out += ["### The power fails", "", summary(storage, "`make faults-storage`"), "", *table(gathered(storage, POWER), POWER)]
+    out = ["### Every point, on both sides", "", summary(points, "make faults", len(point_cases(trace))), ""]
+    if points:
+        out += [*table(gathered(points, SIDES), SIDES), "", "Not the same bytes:", "", *(reasons(points) or ["- none"]), ""]
+    out += ["### Three faults at random", "", summary(chance, "make faults-random", RANDOM), ""]
+    if chance:
+        out += [*deeds(chance), "", "Not the same bytes:", "", *(reasons(chance) or ["- none"]), ""]
+    out += ["### The power fails", "", summary(storage, "make faults-storage", len(storage_cases(trace)))]
+    if storage:
+        out += ["", *table(gathered(storage, POWER), POWER), "", "Not the same bytes:", "", *(reasons(storage) or ["- none"])]
     return "\n".join(out)
+
+
+def deeds(lines: list[dict[str, Any]]) -> list[str]:
+    """What has happened how often, without its seconds."""
+    kinds: Counter[str] = Counter()
+    for deed in (deed for line in lines for deed in line["happened"]):
+        if ": " in deed:
+            parts = deed.split(": ", 1)[1].split(" at ")[0].removeprefix("ask:").split(":")
+            kinds[" ".join(part for part in parts if not part.lstrip("-").replace(".", "").isdigit())] += 1
+        else:
+            kinds["a bit was flipped"] += 1
+    return ["| what happened | times |", "| --- | --- |", *(f"| {kind} | {count} |" for kind, count in sorted(kinds.items()))]
 
 
 def report(directory: Path, out: Path) -> int:

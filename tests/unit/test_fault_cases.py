@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from common.faults import DISK, POINTS
 from tests.faults.cases import SAMPLE, WRITING, point_cases, random_case, sample, storage_cases
-from tests.faults.report import MARKS, table
+from tests.faults.report import MARKS, report, table
 from tests.faults.verdict import judge
 
 KINDS = {"server.log.append": "UpdateAccepted", "device.state": "runs"}
@@ -62,6 +63,27 @@ def test_a_seed_gives_the_same_schedule() -> None:
 
 def test_the_sample_is_of_cases_that_exist() -> None:
     assert [case.name for case in sample(TRACE)] == [*SAMPLE, "seed 000"]
+
+
+def test_the_report_says_how_much_was_played(tmp_path: Path) -> None:
+    out = tmp_path / "doc.md"
+    out.write_text(f"before\n{MARKS[0]}\nolder\n{MARKS[1]}\nafter")
+    (tmp_path / "calm.json").write_text(json.dumps({"trace": TRACE}))
+    lines = [
+        {"name": "server.push.stored kill server", "outcome": "identical", "why": "", "seconds": 60, "happened": []},
+        {"name": "server.push.stored kill device", "outcome": "failed", "why": "for it", "seconds": 60, "happened": ["this"]},
+    ]
+    (tmp_path / "points.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    happened = ["alpha: ask:net:delay:0.3:3 at worker.start#1", "flipped a bit of x", "server: kill at server.push.stored#1"]
+    (tmp_path / "random.jsonl").write_text(json.dumps({**lines[0], "name": "seed 000", "happened": happened}) + "\n")
+    assert report(tmp_path, out) == 0
+    text = out.read_text()
+    assert text.startswith("before\n") and text.endswith("after") and "older" not in text
+    assert f"2 of {len(point_cases(TRACE))} cases in 2 minutes; 1 ended with the same bytes" in text and "1 failed." in text
+    assert "| same bytes | FAILED |  |  |" in text and "- server.push.stored kill device (this): for it" in text
+    for row in ("| net delay | 1 |", "| a bit was flipped | 1 |", "| kill | 1 |"):
+        assert row in text
+    assert f"none of its {len(storage_cases(TRACE))} cases has been played yet" in text
 
 
 @pytest.mark.parametrize(
