@@ -22,7 +22,7 @@ from torch import nn
 from common.checkpoint import Checkpoint
 from common.errors import ModelError, StorageError
 from common.faults import fault
-from common.files import disk_full
+from common.files import disk_full, sync_directory
 from common.tensorfile import TensorFile
 from fp_client.tensors import CHUNK, chunks, read_into_tensor
 
@@ -94,11 +94,7 @@ class Nf4Store:
             self._write(temporary, layer, modules)
             fault("worker.store.written")
             temporary.replace(path)
-            handle = os.open(self.directory, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_directory(self.directory)
         except OSError as error:
             full = disk_full(error)
             advice = "free some space, or point the device's data directory elsewhere" if full else "check the directory"

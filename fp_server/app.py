@@ -21,6 +21,7 @@ from common import config as configuration
 from common.ending import CLOSING, end_within
 from common.errors import ConfigError, FedPrunerError, InUseError, StorageError
 from common.faults import fault
+from common.files import sync_directory
 from common.pb import admin_pb2_grpc, enroll_pb2_grpc, objects_pb2_grpc, session_pb2_grpc
 from common.transport.tls import ServerCertificate, exposed, private_directory
 from common.transport.wire import SERVER_OPTIONS, options
@@ -44,7 +45,7 @@ from fp_server.limits import (
     raise_descriptors,
 )
 from fp_server.log import Database, EventLog
-from fp_server.objects import ObjectStore, storage_error, stored, sync_directory
+from fp_server.objects import ObjectStore, storage_error, stored
 from fp_server.own import OwnCertificates
 from fp_server.service import Sessions
 from fp_server.transfer import Objects
@@ -73,8 +74,6 @@ def initialise(directory: Path, names: list[str], listen: str, port: int, enroll
         names=", ".join(json.dumps(name) for name in dict.fromkeys(names)), listen=listen, port=port, enroll_port=enroll_port
     )
     config = configuration.parse(text, ServerConfig, "fp-server init")
-    private_directory(directory)
-    directory.chmod(0o700)
     with stored(directory):
         _initialise(directory, config, text)
 

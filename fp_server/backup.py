@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from common.errors import ConfigError, DamagedError, StorageError
+from common.files import sync_directory
 from fp_server import audit
 from fp_server.audit import SERVER, Entry
 from fp_server.folding import fold, uses
 from fp_server.log import Database, EventLog
-from fp_server.objects import ObjectStore, storage_error, sync_directory
+from fp_server.objects import ObjectStore, storage_error
 
 FILES = ("ca.pem", "ca.key", "server.pem", "server.key", "operator.pem", "operator.key")
 """What is copied beside configuration, log and objects, where it is there."""

@@ -28,7 +28,6 @@ from common.errors import (
 from common.faults import fault
 from fp_server import audit, damage, folding
 from fp_server import events as e
-from fp_server.audit import SERVER
 from fp_server.commands import (
     Aggregate,
     Choose,
@@ -462,7 +461,7 @@ class Coordinator:
 
     def _quarantined(self, digest: str, why: str) -> None:
         """Enter it in the audit trail; in the thread that found the damage."""
-        entry = audit.Entry(SERVER, "quarantine", f"object {digest}", why)
+        entry = audit.Entry(audit.SERVER, "quarantine", f"object {digest}", why)
         try:
             self.log.enter(lambda c: audit.append(c, entry))
         except StorageError as error:

@@ -19,19 +19,10 @@ from pathlib import Path
 
 from common.errors import DamagedError, DigestError, NotFound, StorageError
 from common.faults import fault
-from common.files import digest_file, disk_full, make_directory
+from common.files import digest_file, disk_full, make_directory, sync_directory
 from common.types import ObjectRef
 
 logger = logging.getLogger("fp_server")
-
-
-def sync_directory(path: Path) -> None:
-    """Make a rename or creation in `path` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

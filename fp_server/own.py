@@ -10,12 +10,13 @@ from pathlib import Path
 from cryptography import x509
 
 from common.errors import IdentityError
+from common.files import sync_directory
 from common.transport.tls import identity_of, key_pem, load_key, new_key, renewable_from, write_private
 from fp_server import audit, books
 from fp_server.audit import SERVER, Entry
 from fp_server.certificates import Issuer, pem
 from fp_server.log import Database
-from fp_server.objects import stored, sync_directory
+from fp_server.objects import stored
 
 logger = logging.getLogger("fp_server")
 

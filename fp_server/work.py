@@ -44,14 +44,18 @@ def run_started(config: RunConfig, toml: str, manifest: ModelManifest) -> e.RunS
 def started_config(event: e.RunStarted, source: str) -> RunConfig:
     """What a run was started with. Raises ConfigError when this version can't read it."""
     config = check(event.config, RunConfig, source) if event.config else parse_run(event.toml, source)
-    if "group_sizes" not in config.pruning.model_fields_set:  # before there were others, groups were of any size
-        config = config.model_copy(update={"pruning": config.pruning.model_copy(update={"group_sizes": "free"})})
-    if "outliers" not in config.limits.model_fields_set:  # before there was such a comparison, every valid update counted
-        config = config.model_copy(update={"limits": config.limits.model_copy(update={"outliers": "off"})})
-    if event.config or "gradient" in config.train.model_fields_set:
-        return config
+    # Before there were others, groups were of any size; before updates were compared, every valid one counted.
+    config = _unless_said(_unless_said(config, "pruning", "group_sizes", "free"), "limits", "outliers", "off")
     # Version 0.1 wrote no resolved configuration and knew submodels only.
-    return config.model_copy(update={"train": config.train.model_copy(update={"gradient": Gradient.SUBMODEL})})
+    return config if event.config else _unless_said(config, "train", "gradient", Gradient.SUBMODEL)
+
+
+def _unless_said(config: RunConfig, section: str, key: str, value: str) -> RunConfig:
+    """The configuration with `value` where its file or event had nothing for `section.key`."""
+    there = getattr(config, section)
+    if key in there.model_fields_set:
+        return config
+    return config.model_copy(update={section: there.model_copy(update={key: value})})
 
 
 def current_round(machine: RunMachine, task: TaskKey) -> Round:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from common.errors import IdentityError
+from common.files import sync_directory
 from common.types import NAME
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,7 @@ def write_private(path: Path, data: bytes) -> None:
     finally:
         os.close(fd)
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_directory(path.parent)
 
 
 def private_directory(path: Path) -> None:

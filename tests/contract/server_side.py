@@ -482,3 +482,16 @@ async def whole_run(server: Server, devices: list[Device], toml: str, seconds: f
         said = {device.name: (device.seen, device.errors) for device in devices}
         raise AssertionError(f"the run did not end; devices: {said}\n{server.log()}") from None
     return await server.status(run, last_rounds=100)
+
+
+def calm_ledger(directory: Path, toml: str) -> dict[int, str]:
+    """The ledger of a run of alice and bob that nothing happened to, on a server of its own."""
+    server = Server(directory)
+    server.start()
+    try:
+        asyncio.run(whole_run(server, [Device(server, "alice"), Device(server, "bob")], toml))
+        assert server.stop() == 0
+    finally:
+        if server.process is not None:
+            server.kill()
+    return server.ledger()

@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from server_side import Device, Server, run_toml, whole_run
+from server_side import Device, Server, calm_ledger, run_toml, whole_run
 from test_damaged_objects import flip
 from test_verify import tool
 
@@ -40,15 +40,7 @@ def restored(backup_: Path, to: Path, original: Server) -> Server:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict[int, str]:
-    server = Server(tmp_path_factory.mktemp("calm") / "server")
-    server.start()
-    try:
-        asyncio.run(whole_run(server, [Device(server, "alice"), Device(server, "bob")], TOML))
-        assert server.stop() == 0
-    finally:
-        if server.process is not None:
-            server.kill()
-    return server.ledger()
+    return calm_ledger(tmp_path_factory.mktemp("calm") / "server", TOML)
 
 
 @pytest.mark.parametrize("name", ["backup", "backup.tar"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-from server_side import Device, Server, digest_of, error_name, fetch, run_toml, whole_run
+from server_side import Device, Server, calm_ledger, digest_of, error_name, fetch, run_toml, whole_run
 
 from common.errors import DamagedError
 from common.pb import admin_pb2
@@ -59,15 +59,7 @@ def audited(server: Server) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict[int, str]:
     """The ledger of a run nothing happened to."""
-    server = Server(tmp_path_factory.mktemp("calm") / "server")
-    server.start()
-    try:
-        asyncio.run(whole_run(server, [Device(server, "alice"), Device(server, "bob")], TOML))
-        assert server.stop() == 0
-    finally:
-        if server.process is not None:
-            server.kill()
-    return server.ledger()
+    return calm_ledger(tmp_path_factory.mktemp("calm") / "server", TOML)
 
 
 def accepted_update(server: Server, device: str) -> Path:

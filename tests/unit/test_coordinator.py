@@ -63,6 +63,15 @@ class SlowLog(EventLog):
         await asyncio.sleep(0.05)
 
 
+async def both_assigned(coordinator, key):
+    """Devices a and b have reported their probes, and units are chosen for them."""
+    for device in "ab":
+        await coordinator.post(probed(key, device))
+        async with asyncio.timeout(10):
+            while coordinator.active.current.members[device].assigned is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
 def test_a_caller_that_breaks_off_leaves_log_and_machine_the_same(tmp_path, database):
     async def body(coordinator):
         calling = asyncio.create_task(coordinator.post(e.RunPaused("r", "x")))
@@ -180,11 +189,7 @@ def test_objects_nothing_refers_to_are_removed_and_a_crash_before_it_is_made_goo
 
     async def whole_round(coordinator):
         key = coordinator.active.current.opened.key
-        for device in "ab":
-            await coordinator.post(probed(key, device))
-            async with asyncio.timeout(10):
-                while coordinator.active.current.members[device].assigned is None:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+        await both_assigned(coordinator, key)
         for device in "ab":
             await coordinator.post(e.UpdateAccepted("r", key, device, put("update", device, key), UpdateMetrics()))
         made = e.UnitCommit(0, put("ledger", key), put("broadcast", key), ("a", "b"), 0.0)
@@ -340,11 +345,7 @@ def test_what_has_come_in_part_goes_when_it_can_not_count_any_more(tmp_path, dat
             await coordinator.connect(Session(device))
             await plan_reported(coordinator, device, report())
         key = coordinator.active.current.opened.key
-        for device in "ab":
-            await coordinator.post(probed(key, device))
-            async with asyncio.timeout(10):
-                while coordinator.active.current.members[device].assigned is None:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+        await both_assigned(coordinator, key)
         for device in ("a", "b", "gone"):
             half(device)
         await coordinator.post(e.DeviceDropped("r", key, "a", "UnreachableError", "no progress"))
