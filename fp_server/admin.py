@@ -167,7 +167,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         """Revoke every certificate of a name and end whatever it has under way."""
         async with errors_to_status(context):
             actor = self._operator(context, "Revoke")
-            revoked = await self._coordinator.whole(self._revoke(request.name, actor, request.force))
+            revoked = await self._coordinator.background.whole(self._revoke(request.name, actor, request.force))
             return admin_pb2.RevokeReply(count=revoked.certificates, tokens=revoked.tokens)
         raise AssertionError("unreachable")
 

@@ -23,7 +23,7 @@ from common.errors import ConfigError, FedPrunerError, InUseError, StorageError
 from common.faults import fault
 from common.files import sync_directory
 from common.pb import admin_pb2_grpc, enroll_pb2_grpc, objects_pb2_grpc, session_pb2_grpc
-from common.transport.tls import ServerCertificate, exposed, private_directory
+from common.transport.tls import ServerCertificate, exposed, private_directory, write_private
 from common.transport.wire import SERVER_OPTIONS, options
 from fp_server.access import Access
 from fp_server.admin import Admin, Enrollment, Renewal
@@ -87,13 +87,7 @@ def _initialise(directory: Path, config: ServerConfig, text: str) -> None:
         OwnCertificates(directory, database).operator("operator", config.certificate_days)
     finally:
         database.close()
-    temporary = directory / "server.toml.tmp"
-    with temporary.open("w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(directory / "server.toml")
-    sync_directory(directory)
+    write_private(directory / "server.toml", text.encode())
     sync_directory(directory.absolute().parent)
 
 

@@ -10,24 +10,20 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable
 
 from common.errors import (
-    DamagedError,
     FedPrunerError,
     InUseError,
-    LimitError,
     NotFound,
     StorageError,
     TooLate,
     UnreachableError,
 )
 from common.faults import fault
-from fp_server import audit, damage, folding
+from fp_server import damage, folding
 from fp_server import events as e
+from fp_server.background import Background
 from fp_server.commands import (
     Aggregate,
     Choose,
@@ -37,19 +33,19 @@ from fp_server.commands import (
     Record,
     Recovered,
     Review,
-    Send,
-    SendAssignment,
     Stimulus,
     Tick,
 )
 from fp_server.config import ServerConfig
-from fp_server.limits import OUTBOX, Complaints
+from fp_server.keeping import Keeper
+from fp_server.limits import Complaints
 from fp_server.log import Also, EventLog
 from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.reviewing import review_round
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Entry
+from fp_server.sessions import Session
 from fp_server.work import aggregate_round, choose_units
 
 logger = logging.getLogger("fp_server")
@@ -58,40 +54,15 @@ TICK = 0.5
 """Seconds between looks at the clock."""
 _FREEING = (e.RoundCommitted, e.RoundClosed, e.UpdatesReviewed, e.RunEnded)
 """Events after which objects may be needed no more."""
-COLLECT = 3600.0
-"""Seconds between looks for objects that nothing refers to, and how old these must be."""
 STOPPING = "the server is stopping; try again later"
 KEPT = 16
 """Ended runs whose folded state is kept for whoever asks."""
-
-T = TypeVar("T")
 
 
 def steady_clock() -> Callable[[], float]:
     """Seconds since the epoch as of now, counted on by the monotonic clock: a step of the wall clock drops no device."""
     offset = time.time() - time.monotonic()
     return lambda: offset + time.monotonic()
-
-
-class Session:
-    """One device's open stream, as the coordinator sees it: a queue of what to say, and whether to hang up."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.outbox: asyncio.Queue[Send | FedPrunerError] = asyncio.Queue()
-        self.reason = ""
-
-    def close(self, error: FedPrunerError) -> None:
-        """Ask the stream's handler to end it with this error."""
-        self.reason = str(error)
-        self.outbox.put_nowait(error)
-
-    def say(self, command: Send) -> None:
-        """Queue a message. A device that leaves too many unread is hung up: what it has missed is said again when it is back."""
-        if self.outbox.qsize() < OUTBOX:
-            self.outbox.put_nowait(command)
-        elif not self.reason:
-            self.close(LimitError(f"{self.device!r} has left {OUTBOX} messages unread"))
 
 
 class Coordinator:
@@ -106,16 +77,10 @@ class Coordinator:
         self._problems: dict[str, str] = {}
         self.changed = asyncio.Condition()
         self.lock = asyncio.Lock()
-        self._heavy = ThreadPoolExecutor(1, thread_name_prefix="heavy")
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._working: set[asyncio.Task[None]] = set()
-        """Those of the tasks that choose or aggregate."""
-        self._writes: set[asyncio.Task[Any]] = set()
+        self.background = Background()
+        self.keeper = Keeper(log, store, self.background, lambda: self.active, self.note)
         self._ended: dict[str, RunMachine] = {}
-        self._kept: frozenset[str] = frozenset()
-        """The ledgers and adapters of all ended runs."""
         self._bytes_down = 0
-        store.quarantined = self._quarantined
         self.draining = False
         """The server is about to stop: it begins nothing more."""
 
@@ -130,59 +95,15 @@ class Coordinator:
             if machine.ended is None:
                 self.active = machine
             else:
-                self._kept |= machine.references()
+                self.keeper.kept |= machine.references()
         fault("server.start.folded")
-        self._sweep()
+        self.keeper.sweep()
         fault("server.start.swept")
         if self.active is not None:
             logger.info("run %s taken up again: %s", self.active.name, self.active.phase)
             await self.post(Recovered())
-        self._spawn(self._tick())
-        self._spawn(self._collect())
-
-    def _wanted(self) -> tuple[frozenset[str], frozenset[str]]:
-        """The objects that any run needs, and the devices that are expected to push."""
-        if self.active is None:
-            return self._kept, frozenset()
-        arriving = frozenset(d for d in self.active.plans if isinstance(self.active.task(d), SendAssignment))
-        return self._kept | self.active.references(), arriving
-
-    def _sweep(self) -> None:
-        """At a start: remove what a crash left behind, and what older versions never removed."""
-        if removed := self.store.sweep(*self._wanted()):
-            logger.info("%d objects that nothing refers to were removed", removed)
-
-    async def _collect(self) -> None:
-        """The same while it works, of what is old enough: what a failed removal or a broken-off push has left."""
-        while True:
-            await asyncio.sleep(COLLECT)
-            wanted, arriving = self._wanted()
-            try:
-                loop = asyncio.get_running_loop()
-                removed = await loop.run_in_executor(self._heavy, self.store.sweep, wanted, arriving, COLLECT)
-            except OSError as error:
-                logger.warning("objects that nothing refers to can't be removed: %s", error)
-            else:
-                if removed:
-                    logger.info("%d objects that nothing refers to were removed", removed)
-
-    def let_go(self, digest: str) -> None:
-        """An object was adopted that no event will refer to."""
-        if digest not in self._wanted()[0]:
-            self._spawn(self._discard(frozenset({digest}), self.store.mark))
-
-    async def _clear_arrivals(self, arriving: frozenset[str], before: float) -> None:
-        """What has come in part and can't count any more must not take the disk of what can."""
-        try:
-            await asyncio.to_thread(self.store.sweep_arrivals, arriving, before)
-        except OSError as error:
-            logger.warning("updates in part can't be removed: %s", error)
-
-    async def _discard(self, digests: frozenset[str], mark: int) -> None:
-        try:  # in the thread that aggregates: what is being read stays until that is over
-            await asyncio.get_running_loop().run_in_executor(self._heavy, self.store.discard, digests, mark)
-        except OSError as error:  # they stay until the next start
-            logger.warning("objects that are no longer needed can't be removed: %s", error)
+        self.background.spawn(self._tick())
+        self.background.spawn(self.keeper.collect())
 
     async def drain(self) -> None:
         """Begin nothing more: no session, round, choice or aggregation. Sessions are ended; the devices may come back."""
@@ -197,15 +118,7 @@ class Coordinator:
         One that isn't done by then is left to its thread and forgotten: it is begun again at the next start.
         """
         await self.drain()
-        if self._working and patience:
-            await asyncio.wait(self._working, timeout=patience)
-        if self._working:
-            logger.warning("what is being chosen or aggregated is not done; it is begun again at the next start")
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*self._writes, return_exceptions=True)
-        self._heavy.shutdown(wait=False, cancel_futures=True)
+        await self.background.stop(patience)
 
     def fold(self, run: str) -> RunMachine:
         """A run's state from its events. Raises NotFound, DamagedError."""
@@ -251,22 +164,6 @@ class Coordinator:
         else:
             self._problems.pop(source, None)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._reap)
-        return task
-
-    def _work(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._spawn(work)
-        self._working.add(task)
-        task.add_done_callback(self._working.discard)
-
-    def _reap(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a background task failed", exc_info=error)
-
     # -- the one way in --------------------------------------------------------------------------
 
     async def post(self, happening: e.Event | Stimulus, also: Also | None = None) -> None:
@@ -276,14 +173,7 @@ class Coordinator:
         What was begun is finished even when the caller is cancelled (its stream broke): an event that is in the
         log and not in the machine would be a state that no restart gives again.
         """
-        await self.whole(self._locked_post(happening, also))
-
-    async def whole(self, work: Coroutine[Any, Any, T]) -> T:
-        """Finish `work` even when the caller is cancelled."""
-        task = asyncio.create_task(work)
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
-        return await asyncio.shield(task)
+        await self.background.whole(self._locked_post(happening, also))
 
     async def _locked_post(self, happening: e.Event | Stimulus, also: Also | None) -> None:
         async with self.lock:
@@ -316,11 +206,10 @@ class Coordinator:
                 if isinstance(item, e.Event):
                     fault("server.machine.handled", type(item).__name__)
                 if machine.ended is not None:
-                    self._kept |= machine.references()
+                    self.keeper.kept |= machine.references()
                 if isinstance(item, (*_FREEING, e.DeviceDropped)):
-                    self._spawn(self._clear_arrivals(self._wanted()[1], time.time()))
-                if gone := before - machine.references() - self._kept:  # durable: nothing will ask for them again
-                    self._spawn(self._discard(gone, self.store.mark))
+                    self.keeper.clear_arrivals()
+                self.keeper.free(before, machine)
                 for command in commands:
                     if isinstance(command, Record) and self.draining and isinstance(command.event, e.RoundOpened):
                         continue  # opened at the next start
@@ -346,9 +235,9 @@ class Coordinator:
             case Choose() | Review() | Aggregate() if self.draining:  # asked for again when the log is folded
                 pass
             case Choose():
-                self._work(self._choose(machine, command))
+                self.background.work(self._choose(machine, command))
             case Review() | Aggregate():
-                self._work(self._aggregate(machine, command))
+                self.background.work(self._aggregate(machine, command))
             case Record():
                 raise AssertionError("records are handled where they are made")
             case _:
@@ -356,9 +245,8 @@ class Coordinator:
                     session.say(command)
 
     async def _choose(self, machine: RunMachine, command: Choose) -> None:
-        loop = asyncio.get_running_loop()
         try:
-            event: e.Event = await loop.run_in_executor(self._heavy, choose_units, machine, command.key, command.device)
+            event: e.Event = await self.background.heavy(choose_units, machine, command.key, command.device)
         except TooLate:  # the round was closed while this waited its turn
             return
         except FedPrunerError as error:
@@ -371,18 +259,15 @@ class Coordinator:
         await self.insist(event)
 
     async def _aggregate(self, machine: RunMachine, command: Review | Aggregate) -> None:
-        loop = asyncio.get_running_loop()
         delay = 1.0
         while machine.ended is None and not self.draining:
             problem = f"round {command.key.round + 1} of {machine.name!r} can't be aggregated, trying again: "
             try:
                 event: e.UpdatesReviewed | e.RoundCommitted
                 if isinstance(command, Review):
-                    event = await loop.run_in_executor(self._heavy, review_round, machine, self.store, command.key)
+                    event = await self.background.heavy(review_round, machine, self.store, command.key)
                 else:
-                    event = await loop.run_in_executor(
-                        self._heavy, aggregate_round, machine, self.store, command.key, self._bytes_down
-                    )
+                    event = await self.background.heavy(aggregate_round, machine, self.store, command.key, self._bytes_down)
                     self._bytes_down = 0
             except TooLate:  # the run was stopped meanwhile
                 break
@@ -400,8 +285,7 @@ class Coordinator:
                 if isinstance(event, e.UpdatesReviewed):
                     return
                 made = {ref.digest for unit in event.units for ref in (unit.ledger, unit.broadcast)}
-                if unused := made - machine.references() - self._kept:  # the run was stopped meanwhile
-                    await self._discard(frozenset(unused), self.store.mark)
+                self.keeper.free(frozenset(made), machine)  # the run was stopped meanwhile
                 return
             await asyncio.sleep(delay)
             delay = min(60.0, delay * 2)
@@ -441,31 +325,6 @@ class Coordinator:
         if self.active is None or self.active.name != run:
             raise NotFound(f"run {run!r} is not active here")
         return self.active
-
-    async def readable(self, digest: str) -> Path:
-        """Where an object of the adapter lies, checked, and made again if need be. Raises DamagedError when it can't be."""
-        source = f"object {digest}"
-        try:
-            path = await asyncio.to_thread(self.store.checked, digest)
-        except DamagedError:
-            if self.active is None:
-                raise
-            loop = asyncio.get_running_loop()
-            try:
-                path = await loop.run_in_executor(self._heavy, damage.for_devices, self.active, self.store, digest)
-            except StorageError as error:
-                self.note(source, str(error))
-                raise
-        self.note(source)
-        return path
-
-    def _quarantined(self, digest: str, why: str) -> None:
-        """Enter it in the audit trail; in the thread that found the damage."""
-        entry = audit.Entry(audit.SERVER, "quarantine", f"object {digest}", why)
-        try:
-            self.log.enter(lambda c: audit.append(c, entry))
-        except StorageError as error:
-            logger.error("a damaged object can't be entered in the audit trail: %s", error)
 
     def fetched(self, size: int) -> None:
         """Bytes of adapter objects sent to devices, for the round's account."""

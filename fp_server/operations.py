@@ -24,7 +24,7 @@ async def start_run(coordinator: Coordinator, toml: str, manifest: ModelManifest
         raise ConfigError(f"run file: has {len(toml.encode())} bytes, at most {RUN_FILE} are read")
     config: RunConfig = parse_run(toml, "run file")
     config.check(manifest)
-    return await coordinator.whole(_start_run(coordinator, config, toml, manifest, actor))
+    return await coordinator.background.whole(_start_run(coordinator, config, toml, manifest, actor))
 
 
 async def _start_run(coordinator: Coordinator, config: RunConfig, toml: str, manifest: ModelManifest, actor: Actor) -> str:

@@ -103,7 +103,7 @@ async def accept(coordinator: Coordinator, device: str, ready: UpdateReady) -> b
             await coordinator.post_locked(e.UpdateAccepted(machine.name, ready.key, device, ready.ref, ready.metrics))
             return False
 
-    return await coordinator.whole(work())
+    return await coordinator.background.whole(work())
 
 
 def _probe_problem(r: ProbeReport, units: int) -> str:

@@ -20,9 +20,10 @@ from common.transport.wire import errors_to_status
 from fp_server import commands as c
 from fp_server import reports
 from fp_server.access import Access, Context
-from fp_server.coordinator import Coordinator, Session
+from fp_server.coordinator import Coordinator
 from fp_server.hangup import address_of, hang_up
 from fp_server.limits import HELLO_SECONDS, WRITE_SECONDS
+from fp_server.sessions import Session
 
 logger = logging.getLogger("fp_server")
 

@@ -62,7 +62,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             machine = self._coordinator.active
             if machine is None or request.digest not in machine.may_fetch(peer.name):
                 raise NotFound(f"object {request.digest[:16]!r}… is not part of this device's current task")
-            size = (await self._coordinator.readable(request.digest)).stat().st_size
+            size = (await self._coordinator.keeper.readable(request.digest)).stat().st_size
             if request.offset > size:
                 raise ProtocolError(f"object {request.digest[:16]}… has {size} bytes; there is no byte {request.offset}")
             fault("server.fetch.before")
@@ -155,13 +155,13 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         try:
             norm = norm_limit(machine.config.limits.max_update_norm, self._coordinator.config.max_update_norm)
             given = assignment.adapter if assignment.spec.start is Start.GLOBAL else ()
-            paths = {unit.ref.digest: await self._coordinator.readable(unit.ref.digest) for unit in given}
+            paths = {unit.ref.digest: await self._coordinator.keeper.readable(unit.ref.digest) for unit in given}
             starts = starting_points(assignment.spec.start, assignment.adapter, paths.__getitem__)
             async with self._checking:
                 await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm, starts)
         except StorageError:  # what the device started with can't be read: the server's trouble; the device tries again
             for unit in assignment.adapter:
-                await self._coordinator.readable(unit.ref.digest)
+                await self._coordinator.keeper.readable(unit.ref.digest)
             raise
         except FedPrunerError as error:
             arrival.discard()
@@ -174,7 +174,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         try:
             return objects_pb2.PushReply(duplicate=await accept(self._coordinator, device, ready))
         except (TooLate, NotFound, AlreadyDone):  # since a moment ago
-            self._coordinator.let_go(ready.ref.digest)
+            self._coordinator.keeper.let_go(ready.ref.digest)
             raise
 
     async def _append(self, device: str, ready: UpdateReady, arrival: Arrival, context: Context) -> None:

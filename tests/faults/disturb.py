@@ -83,10 +83,10 @@ class _Mischief:
 
 def _messages(path: Path) -> None:
     from fp_client import rpc
-    from fp_server import coordinator
+    from fp_server import sessions
 
     mischief = _Mischief(path)
-    say, send = coordinator.Session.say, rpc.Session._send
+    say, send = sessions.Session.say, rpc.Session._send
     kept: set[asyncio.Task[None]] = set()
 
     def said(self: Any, command: Any) -> None:
@@ -102,5 +102,5 @@ def _messages(path: Path) -> None:
         if (task := mischief(begin)) is not None:
             await task
 
-    coordinator.Session.say = said  # type: ignore[method-assign]
+    sessions.Session.say = said  # type: ignore[method-assign]
     rpc.Session._send = sent  # type: ignore[method-assign]

@@ -28,11 +28,12 @@ from fp_server import commands as c
 from fp_server import events as e
 from fp_server import operations, reports
 from fp_server.config import ServerConfig
-from fp_server.coordinator import Coordinator, Session
+from fp_server.coordinator import Coordinator
 from fp_server.limits import OUTBOX
 from fp_server.objects import ObjectStore
 from fp_server.roundstate import PHASES
 from fp_server.service import Sessions
+from fp_server.sessions import Session
 from fp_server.status import status
 from fp_server.validation import check_metrics, check_update
 from fuzz.decoders import shared_memory
@@ -114,7 +115,7 @@ class Case:
 
     def _server(self) -> Coordinator:
         made = Coordinator(ServerConfig(names=["x"]), self.log, ObjectStore(self.directory), lambda: self.now)  # type: ignore[arg-type]
-        made._heavy = Inline()  # type: ignore[assignment]
+        made.background.thread = Inline()
         self.ears = Sessions(made, None)  # type: ignore[arg-type]
         return made
 
@@ -140,8 +141,8 @@ class Case:
     async def _settle(self) -> None:
         """Let what the coordinator has begun come to its end, and deliver what it says."""
         for _ in range(200):
-            busy = [t for t in self.coordinator._tasks if t.get_coro().__name__ != "_tick"]  # type: ignore[union-attr]
-            if not busy and not self.coordinator._writes:
+            busy = [t for t in self.coordinator.background.tasks if t.get_coro().__name__ not in ("_tick", "collect")]  # type: ignore[union-attr]
+            if not busy and not self.coordinator.background.writes:
                 break
             await asyncio.sleep(0)
         for peer in self.peers.values():

@@ -19,11 +19,12 @@ from fp_server import commands as c
 from fp_server import events as e
 from fp_server import work
 from fp_server.config import ServerConfig
-from fp_server.coordinator import Coordinator, Session
+from fp_server.coordinator import Coordinator
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 from fp_server.operations import start_run
 from fp_server.reports import plan_reported
+from fp_server.sessions import Session
 from fp_server.validation import expected_shapes
 
 
@@ -34,9 +35,9 @@ def database(tmp_path):
     one.close()
 
 
-def with_coordinator(tmp_path, database, body, log=None):
+def with_coordinator(tmp_path, database, body, log=None, store=None):
     async def main():
-        coordinator = Coordinator(ServerConfig(names=["x"]), log or EventLog(database), ObjectStore(tmp_path))
+        coordinator = Coordinator(ServerConfig(names=["x"]), log or EventLog(database), store or ObjectStore(tmp_path))
         await coordinator.start()
         try:
             await start_run(coordinator, toml(), MANIFEST)
@@ -198,7 +199,7 @@ def test_objects_nothing_refers_to_are_removed_and_a_crash_before_it_is_made_goo
         return {made.ledger.digest, made.broadcast.digest}
 
     async def first(coordinator):
-        coordinator.store, coordinator._aggregate = store, lambda machine, command: asyncio.sleep(0)
+        coordinator._aggregate = lambda machine, command: asyncio.sleep(0)
         for device in "ab":
             await coordinator.connect(Session(device))
             await plan_reported(coordinator, device, report())
@@ -208,7 +209,7 @@ def test_objects_nothing_refers_to_are_removed_and_a_crash_before_it_is_made_goo
         assert wanted < stored() and len(stored()) == 6
 
     wanted: set[str] = set()
-    with_coordinator(tmp_path, database, first)
+    with_coordinator(tmp_path, database, first, store=store)
     (tmp_path / "partial" / "a").mkdir()
     (tmp_path / "partial" / "a" / "half").write_text("half")
 
@@ -234,7 +235,6 @@ def test_a_run_stopped_while_it_is_aggregated_leaves_nothing_behind(tmp_path, da
     monkeypatch.setattr(work, "aggregate_layer", slow)
 
     async def body(coordinator):
-        coordinator.store = store
         for device in "ab":
             await coordinator.connect(Session(device))
             await plan_reported(coordinator, device, report())
@@ -253,11 +253,11 @@ def test_a_run_stopped_while_it_is_aggregated_leaves_nothing_behind(tmp_path, da
         await coordinator.post(e.RunEnded("r", "stopped", "by hand"))
         stopped.set()
         async with asyncio.timeout(10):
-            while len(coordinator._tasks) > 2:  # the clock's and the collector's go on  # noqa: ASYNC110
+            while len(coordinator.background.tasks) > 2:  # the clock's and the collector's go on  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert machine.ended is not None and machine.ledger == {} and coordinator.problem == ""
 
-    with_coordinator(tmp_path, database, body)
+    with_coordinator(tmp_path, database, body, store=store)
     assert not list((tmp_path / "objects").glob("??/*")) and not list(store.scratch.iterdir())
 
 
@@ -358,10 +358,10 @@ def test_what_has_come_in_part_goes_when_it_can_not_count_any_more(tmp_path, dat
 
 def test_what_was_adopted_too_late_goes_at_once(tmp_path, database):
     async def body(coordinator):
-        coordinator.store = store = ObjectStore(tmp_path)
+        store = coordinator.store
         (store.scratch / "x").write_text("x")
         digest = store.adopt(store.scratch / "x").digest
-        coordinator.let_go(digest)
+        coordinator.keeper.let_go(digest)
         async with asyncio.timeout(10):
             while store.has(digest):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

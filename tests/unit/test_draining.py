@@ -13,9 +13,10 @@ from common.errors import UnreachableError
 from fp_server import commands as c
 from fp_server import coordinator as module
 from fp_server import events as e
-from fp_server.coordinator import STOPPING, Coordinator, Session
+from fp_server.coordinator import STOPPING, Coordinator
 from fp_server.log import Database
 from fp_server.reports import plan_reported
+from fp_server.sessions import Session
 
 
 @pytest.fixture

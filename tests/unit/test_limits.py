@@ -14,10 +14,10 @@ from common.bucket import Bucket, Buckets
 from common.errors import BY_NAME, LimitError, StorageError
 from fp_server.cli import _OneLine
 from fp_server.commands import SendEnded
-from fp_server.coordinator import Session
 from fp_server.hangup import address_of, hang_up
 from fp_server.limits import OUTBOX, Complaints, ServerLimits
 from fp_server.quota import Quota
+from fp_server.sessions import Session
 
 
 def test_who_would_wait_too_long_is_not_counted():

@@ -1,0 +1,114 @@
+"""The server's objects beside its runs: which of them are needed, when the others go, and what is done about a damaged one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common.errors import DamagedError, StorageError
+from fp_server import audit, damage
+from fp_server.background import Background
+from fp_server.commands import SendAssignment
+from fp_server.log import EventLog
+from fp_server.objects import ObjectStore
+from fp_server.rounds import RunMachine
+
+logger = logging.getLogger("fp_server")
+
+COLLECT = 3600.0
+"""Seconds between looks for objects that nothing refers to, and how old these must be."""
+
+
+class Keeper:
+    """Keeps what the runs refer to, and nothing else.
+
+    `active`: the run under way, if any. `note`: told what is wrong with a source, or by an empty text that it is well again.
+    """
+
+    def __init__(
+        self, log: EventLog, store: ObjectStore, background: Background, active: Callable[[], RunMachine | None],
+        note: Callable[[str, str], None],
+    ) -> None:  # fmt: skip
+        self.store, self._log, self._background, self._active, self._note = store, log, background, active, note
+        self.kept: frozenset[str] = frozenset()
+        """The ledgers and adapters of all ended runs."""
+        store.quarantined = self._quarantined
+
+    def wanted(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The objects that any run needs, and the devices that are expected to push."""
+        if (machine := self._active()) is None:
+            return self.kept, frozenset()
+        arriving = frozenset(d for d in machine.plans if isinstance(machine.task(d), SendAssignment))
+        return self.kept | machine.references(), arriving
+
+    def sweep(self) -> None:
+        """At a start: remove what a crash left behind, and what older versions never removed."""
+        if removed := self.store.sweep(*self.wanted()):
+            logger.info("%d objects that nothing refers to were removed", removed)
+
+    async def collect(self) -> None:
+        """The same while it works, of what is old enough: what a failed removal or a broken-off push has left."""
+        while True:
+            await asyncio.sleep(COLLECT)
+            wanted, arriving = self.wanted()
+            try:
+                removed = await self._background.heavy(self.store.sweep, wanted, arriving, COLLECT)
+            except OSError as error:
+                logger.warning("objects that nothing refers to can't be removed: %s", error)
+            else:
+                if removed:
+                    logger.info("%d objects that nothing refers to were removed", removed)
+
+    def let_go(self, digest: str) -> None:
+        """An object was adopted that no event will refer to."""
+        if digest not in self.wanted()[0]:
+            self._background.spawn(self.discard(frozenset({digest}), self.store.mark))
+
+    def free(self, before: frozenset[str], machine: RunMachine) -> None:
+        """Let go of what `machine` referred to and doesn't any more. Its event is durable: nothing will ask for it again."""
+        if gone := before - machine.references() - self.kept:
+            self._background.spawn(self.discard(gone, self.store.mark))
+
+    def clear_arrivals(self) -> None:
+        """What has come in part and can't count any more must not take the disk of what can."""
+        self._background.spawn(self._clear_arrivals(self.wanted()[1], time.time()))
+
+    async def _clear_arrivals(self, arriving: frozenset[str], before: float) -> None:
+        try:
+            await asyncio.to_thread(self.store.sweep_arrivals, arriving, before)
+        except OSError as error:
+            logger.warning("updates in part can't be removed: %s", error)
+
+    async def discard(self, digests: frozenset[str], mark: int) -> None:
+        """Remove objects, but for those adopted again since the store's `mark`."""
+        try:  # in the thread that aggregates: what is being read stays until that is over
+            await self._background.heavy(self.store.discard, digests, mark)
+        except OSError as error:  # they stay until the next start
+            logger.warning("objects that are no longer needed can't be removed: %s", error)
+
+    async def readable(self, digest: str) -> Path:
+        """Where an object of the adapter lies, checked, and made again if need be. Raises DamagedError when it can't be."""
+        source = f"object {digest}"
+        try:
+            path = await asyncio.to_thread(self.store.checked, digest)
+        except DamagedError:
+            if (machine := self._active()) is None:
+                raise
+            try:
+                path = await self._background.heavy(damage.for_devices, machine, self.store, digest)
+            except StorageError as error:
+                self._note(source, str(error))
+                raise
+        self._note(source, "")
+        return path
+
+    def _quarantined(self, digest: str, why: str) -> None:
+        """Enter it in the audit trail; in the thread that found the damage."""
+        entry = audit.Entry(audit.SERVER, "quarantine", f"object {digest}", why)
+        try:
+            self._log.enter(lambda c: audit.append(c, entry))
+        except StorageError as error:
+            logger.error("a damaged object can't be entered in the audit trail: %s", error)
