@@ -153,8 +153,8 @@ class UnitLoader:
             setattr(layer.get_submodule(parent), leaf, nn.Parameter(self.tensor(full), requires_grad=False))
 
     def ready(self, index: int) -> bool:
-        """Whether a layer only needs reading; a quantized one must be made first where it is not on disk."""
-        return self.store is None or self.store.path(index).exists()
+        """Whether a layer only needs reading; a quantized one must be made first where it is not on disk, or damaged there."""
+        return self.store is None or self.store.holds(index, self.modules)
 
     def _quantized(self, layer: nn.Module, index: int) -> set[str]:
         if self.store is None:

@@ -63,6 +63,18 @@ class Nf4Store:
         """Where a layer's entry lies."""
         return self.directory / f"layer-{layer:05d}.safetensors"
 
+    def holds(self, layer: int, modules: Sequence[str]) -> bool:
+        """Whether the layer's entry is there and undamaged."""
+        path = self.path(layer)
+        if path not in self._verified:
+            try:
+                with TensorFile(path) as file:
+                    if _intact(file, modules):
+                        self._verified.add(path)
+            except ModelError:  # missing, or not such a file
+                return False
+        return path in self._verified
+
     def open(self, layer: int, modules: Sequence[str]) -> TensorFile:
         """The layer's entry, quantized now if missing or damaged. `modules`: its linear modules, sorted.
 

@@ -1,9 +1,10 @@
 """The full model's gradient, one unit in memory at a time: streamed training.
 
 Forward, layer by layer over all micro-batches, keeping each layer's input; then backward in reverse, each layer run
-again from its input, with gradients for the assigned units' LoRA alone. Weights are read twice a step, whatever the
-number of micro-batches. Below the lowest assigned layer nothing is differentiated: that prefix does not change within a
-round, so its output is made once, for all of the round's rows. The gradient is the full model's, exactly: what a
+again from its input, with gradients for the assigned units' LoRA alone. A layer's weights are read twice a step, whatever
+the number of micro-batches; a head that is not resident is read twice a micro-batch, because the states of all of them
+together would be a higher peak. Below the lowest assigned layer nothing is differentiated: that prefix does not change
+within a round, so its output is made once, for all of the round's rows. The gradient is the full model's, exactly: what a
 checkpointed step with everything in memory computes, in the same order.
 """
 
@@ -64,25 +65,35 @@ class Layers:
         self._resident = frozenset(range(len(layers) - plan.resident, len(layers)))
         self._held: set[int] = set()
         self._pool = ThreadPoolExecutor(1, "read-ahead") if plan.ahead else None
-        self._coming: tuple[int, Future[None]] | None = None
+        self._coming: tuple[int, Future[bool]] | None = None
 
     def acquire(self, index: int, following: int | None = None) -> nn.Module:
         """A layer with its weights. `following`: the layer that will be asked for next."""
         if self._coming is not None:
             coming, future = self._coming
             self._coming = None
-            future.result()
-            self._held.add(coming)
+            try:
+                if future.result():
+                    self._held.add(coming)
+            except BaseException:
+                self._loader.release(self._layers[coming])
+                raise
         for other in self._held - self._resident - {index}:
             self._loader.release(self._layers[other])
             self._held.discard(other)
         if index not in self._held:
             self._fill(index)
             self._held.add(index)
-        # What must first be quantized waits: that takes more room than reading.
-        if self._pool is not None and following is not None and following not in self._held and self._loader.ready(following):
-            self._coming = (following, self._pool.submit(self._fill, following))
+        if self._pool is not None and following is not None and following not in self._held:
+            self._coming = (following, self._pool.submit(self._read_ahead, following))
         return self._layers[index]
+
+    def _read_ahead(self, index: int) -> bool:
+        # What must first be quantized waits: that takes more room than reading.
+        if not self._loader.ready(index):
+            return False
+        self._fill(index)
+        return True
 
     def _fill(self, index: int) -> None:
         layer = self._layers[index]

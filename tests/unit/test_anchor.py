@@ -11,7 +11,7 @@ import torch
 
 from common.checkpoint import Checkpoint
 from common.errors import ModelError
-from common.types import Gradient, Part, TrainSpec, UnitId, component_units, layer_units, unit_modules
+from common.types import Gradient, Part, Start, TrainSpec, UnitId, component_units, layer_units, unit_modules
 from fp_client.anchor import Anchored
 from fp_client.families import FAMILIES, prune_component
 from fp_client.fidelity import fidelity, gradients
@@ -23,7 +23,7 @@ from fp_client.train import train
 from fp_client.trainers import open_trainer
 from fp_client.units import Gap, gaps
 from tests.unit import tiny
-from tests.unit.test_stream import COMPONENT_UNITS, LAYER_UNITS, failing_at, readers, shake, spec_of
+from tests.unit.test_stream import COMPONENT_UNITS, LAYER_UNITS, beneath, everywhere, failing_at, readers, shake, spec_of
 
 
 def anchored(directory: Path, scratch: Path, units: tuple[UnitId, ...], spec: TrainSpec, **plan: Any) -> Anchored:
@@ -44,16 +44,21 @@ def test_the_loss_is_the_full_models(family: str, units: tuple[UnitId, ...], tmp
     trainer.close()
 
 
+@pytest.mark.parametrize("adapted", [None, *Start], ids=["first round", *Start])
 @pytest.mark.parametrize("units", [LAYER_UNITS, COMPONENT_UNITS], ids=["layers", "components"])
-def test_the_gradient_is_that_of_constant_changes_in_the_gaps(units: tuple[UnitId, ...], tmp_path: Path) -> None:
+def test_the_gradient_is_that_of_constant_changes_in_the_gaps(
+    units: tuple[UnitId, ...], adapted: Start | None, tmp_path: Path
+) -> None:
     """The slow twin: the whole model, with each pruned component's addition to the stream held constant."""
     directory, rows = tiny.make("llama", tmp_path), tiny.batch()
-    spec = spec_of(directory)
-    trainer = anchored(directory, tmp_path / "spill", units, spec)
+    spec = spec_of(directory, start=adapted or Start.FRESH)
+    adapter = everywhere(directory) if adapted else {}
+    loader = UnitLoader(Checkpoint(directory))
+    trainer = Anchored(loader, units, spec, adapter, StreamPlan(), tmp_path / "spill")
     trainer.begin([rows], 3)
+    model = beneath(directory, adapter, trainer.blocks(), spec.alpha / spec.rank)
     counted = int((rows["labels"][:, 1:] != -100).sum())
     trainer.gradients(0, rows, 3, counted)
-    model = tiny.whole(directory)
     kept = {(unit.layer, part) for unit in units for part in _parts(unit)}
     for index, layer in enumerate(model.model.layers):
         for name, part in (("self_attn", Part.ATTENTION), ("mlp", Part.FFN)):
@@ -70,9 +75,11 @@ def test_the_gradient_is_that_of_constant_changes_in_the_gaps(units: tuple[UnitI
     logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten()).backward()
     mine = dict(zip(sorted(factors), zip(trainer.trainable[::2], trainer.trainable[1::2], strict=True), strict=True))
-    for name, (_, b) in factors.items():
-        assert mine[name][1].grad is not None and b.grad is not None
-        torch.testing.assert_close(mine[name][1].grad, b.grad, atol=1e-6, rtol=1e-3)
+    for name, pair in factors.items():
+        for ours, its in zip(mine[name], pair, strict=True):
+            assert ours.grad is not None and its.grad is not None
+            torch.testing.assert_close(ours.grad, its.grad, atol=1e-6, rtol=1e-3)
+    assert any(a.grad.any() for a, _ in factors.values()) == (adapted is Start.GLOBAL), "else A's would be untested"
 
 
 def _parts(unit: UnitId) -> tuple[Part, ...]:

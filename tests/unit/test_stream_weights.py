@@ -50,7 +50,7 @@ def test_the_gradient_is_the_whole_models(units: tuple[UnitId, ...], tmp_path: P
     counted = int((rows["labels"][:, 1:] != -100).sum())
     trainer.begin([rows], 1)
     loss = trainer.gradients(0, rows, 1, counted) / counted
-    expected, factors = twin(SMOLLM2, trainer.blocks(), spec.alpha / spec.rank, rows)
+    expected, factors = twin(tiny.whole(SMOLLM2), trainer.blocks(), spec.alpha / spec.rank, rows)
     assert loss == pytest.approx(expected, rel=1e-5)
     found = dict(zip(sorted(factors), zip(trainer.trainable[::2], trainer.trainable[1::2], strict=True), strict=True))
     for name, (a, b) in factors.items():
