@@ -151,8 +151,8 @@ lab: $(STAMP) model ## Compare gradient modes on your data: make lab DATA=alpaca
 	@test -n "$(DATA)" || { echo "error: say which data: make lab DATA=alpaca.jsonl" >&2; exit 1; }
 	$(BIN)/fp-lab run fp_lab/experiments/gradients.toml --data "$(DATA)" --out .cache/lab/gradients
 
-lab-report: $(STAMP) ## Write the lab's results so far to docs/results/gradients.md
-	$(BIN)/fp-lab report .cache/lab/gradients --out docs/results/gradients.md --reference streamed-176mib --round 5 --round 12
+lab-report: $(STAMP) ## Write the lab's results so far to .cache/lab/gradients.md
+	$(BIN)/fp-lab report .cache/lab/gradients --out .cache/lab/gradients.md --reference streamed-176mib --round 5 --round 12
 
 proto: $(STAMP) ## Generate common/pb from proto/
 	$(BIN)/python tests/proto_drift.py --write

@@ -173,6 +173,13 @@ def report(status: Status) -> RenderableType:
     return Group(*parts)
 
 
+def learned(status: Status) -> bool:
+    """Whether the full model's held-out loss fell, over the same devices before the first round and after the last."""
+    trained, known = [r for r in status["history"] if not r["evaluation"] and r["committed"]], losses(status)
+    before, after = known.get(0), known.get(trained[-1]["round"]) if trained else None
+    return before is not None and after is not None and before.devices == after.devices and after.loss < before.loss - STILL
+
+
 def _by_budget(entry: Mapping[str, Any], status: Status) -> list[tuple[str, Mapping[str, Any]]]:
     return sorted(entry["devices"].items(), key=lambda item: (status["devices"][item[0]]["budget_bytes"] or 0, item[0]))
 

@@ -170,16 +170,16 @@ def _span(values: Sequence[float]) -> str:
 
 def _costs(results: Sequence[RowResults]) -> str:
     heads = [
-        "row", "rounds", "units", "devices s", "aggregate s", "probe s", "train s", "step s", "up a round", "down a round",
-        "predicted peak", "train peak", "probe peak", "fidelity",
+        "row", "rounds", "timed", "units", "devices s", "aggregate s", "probe s", "train s", "step s", "up a round",
+        "down a round", "predicted peak", "train peak", "probe peak", "fidelity",
     ]  # fmt: skip
     body = []
     for row in results:
         devices, lines, timed = row.devices(), row.lines(), row.devices(timed=True)
         seconds = [line["seconds"] for line in row.timed()]
         body.append([
-            row.row.name, str(len(lines)), _mean(map(_units, devices), "{:.0f}"), _mean(_values(seconds, "devices")),
-            _mean(_values(seconds, "aggregate")), _mean(_values(timed, "probe_seconds")),
+            row.row.name, str(len(lines)), str(len(seconds)), _mean(map(_units, devices), "{:.0f}"),
+            _mean(_values(seconds, "devices")), _mean(_values(seconds, "aggregate")), _mean(_values(timed, "probe_seconds")),
             _mean(_values(timed, "train_seconds")), _mean(_values(timed, "step_seconds"), "{:.2f}"),
             _mean(_values(lines, "bytes_up"), human), _mean(_values(lines, "bytes_down"), human),
             _most(devices, "predicted_peak"), _most(timed, "train_peak"), _most(timed, "probe_peak"),
@@ -188,7 +188,7 @@ def _costs(results: Sequence[RowResults]) -> str:
     return _table(heads, body) + (
         "\n\nDevices and aggregate: seconds of a round, one device after another. Probe, train, step and fidelity: means over "
         "devices and rounds. Peaks: the largest seen, above the warmed process. "
-        "Seconds and peaks leave out rounds that were run with --fast or interrupted."
+        "Seconds and peaks are of the timed rounds alone: not of those that were run with --fast or interrupted."
     )
 
 

@@ -161,6 +161,7 @@ def test_the_verdict_says_what_the_figures_say(view, full, first, last, words):
     text = " ".join(_text(view, _status(full, first, last)).split())
     for some in words:
         assert some in text
+    assert view.learned(_status(full, first, last)) == ("improved" in text)
     assert "not measured" not in text or None in full
 
 
@@ -172,7 +173,7 @@ def test_a_loss_that_not_every_device_reported_is_not_shown(view):
 def test_other_devices_at_the_end_are_no_comparison(view):
     status = _status([3.1, 3.1, 3.1, 3.0])
     status["loss"][-1]["devices"] = ["big"]
-    assert "not measured by the same devices" in " ".join(_text(view, status).split())
+    assert "not measured by the same devices" in " ".join(_text(view, status).split()) and not view.learned(status)
 
 
 def test_plain_lines_are_said_once(view, capsys):
