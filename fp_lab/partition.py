@@ -103,8 +103,23 @@ def _write(fresh: Path, section: DataSection, window: int, tokenizer: Any) -> No
         )
     _dump(fresh / "held-out.jsonl", opened, list(held.values()))
     for name, dealt in zip(device_names(section.devices), deal(rest, opened, section, rng), strict=True):
-        _dump(fresh / f"{name}.jsonl", opened, sorted(dealt))
+        _dump(fresh / f"{name}.jsonl", opened, sorted(_usable(name, dealt, opened, window, tokenizer)))
     (fresh / "partition.json").write_text(json.dumps(_stamp(section, window)) + "\n")
+
+
+def _usable(name: str, dealt: Sequence[Place], opened: Sequence[Rows], window: int, tokenizer: Any) -> list[Place]:
+    """Without the rows that a device would hold out and can't use: it holds out the one of smallest digest, and needs it.
+
+    Raises DataError when too few rows fit the window.
+    """
+    order = sorted(dealt, key=lambda place: opened[place[0]].digests[place[1]])
+    for count, (source, index) in enumerate(order):
+        if isinstance(encode(opened[source].read(index), tokenizer, window), Encoded) and count + 1 < len(order):
+            return order[count:]
+    raise DataError(
+        f"device {name} was dealt {len(order)} rows, of which too few have a response that fits {window} tokens; "
+        "raise the experiment's window or data.rows_per_device"
+    )
 
 
 def _dump(path: Path, opened: Sequence[Rows], places: Sequence[Place]) -> None:

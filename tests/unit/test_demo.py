@@ -189,3 +189,20 @@ def test_plain_lines_are_said_once(view, capsys):
         "    1 s  small     done",
         "",
     ]
+
+
+def test_plain_lines_do_not_stay_silent(view, capsys):
+    lines = view.Lines(Console(width=100, force_terminal=False))
+    status = _status([3.1, 3.2, 3.3, 3.4])
+    current = {**status["history"][0], "evaluation": False}
+    current["devices"] = {
+        **current["devices"], "small": {"stage": "training", "progress": {"phase": "train", "done": 3, "total": 12}},
+    }  # fmt: skip
+    status |= {"state": "round", "current": current}
+    for seconds in (1.0, 9.0, 17.0, 25.0, 33.0):
+        lines.update(status, seconds)
+    assert capsys.readouterr().out.split("\n")[3:] == [
+        "   17 s  server    so far: small 25 %",
+        "   33 s  server    so far: small 25 %",
+        "",
+    ]

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from common.blocks import read_blocks, write_blocks
 from common.errors import ConfigError, DataError
 from common.types import LoraBlock
+from fp_client.batches import load_dataset
+from fp_client.data import DataSource
 from fp_lab import cli
 from fp_lab.attacks import spoil
 from fp_lab.experiment import DataSection, Experiment, Row, load_experiment, run_of, to_toml
@@ -129,6 +131,21 @@ def test_no_row_is_dealt_twice(tmp_path: Path, partition: Any) -> None:
         prepare(tmp_path / "out", section.model_copy(update={"seed": 4}), 64, Words())
 
 
+def test_a_row_that_a_device_can_not_use_is_not_what_it_holds_out(tmp_path: Path) -> None:
+    """Half of the rows are too long; each device holds out a single one."""
+    rows = device.rows(100)
+    for row in rows[::2]:
+        row["output"] += " more" * 200
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = DataSection(sources=[str(tmp_path / "a.jsonl")], devices=8, rows_per_device=10, held_out=5)
+    made = prepare(tmp_path / "out", section, 64, Words())
+    for name in device_names(8):
+        found = load_dataset(DataSource(str(made / f"{name}.jsonl"), heldout_max=1, on_long="drop"), Words(), 64)
+        assert len(found.split.heldout) == 1 and found.dropped + len(found.split.train) < 10
+    with pytest.raises(DataError, match=r"device d00 was dealt 1 rows, of which too few .*data\.rows_per_device"):
+        prepare(tmp_path / "one", section.model_copy(update={"rows_per_device": 1}), 64, Words())
+
+
 def test_mixtures_differ_more_with_a_small_alpha(tmp_path: Path) -> None:
     path = source(tmp_path / "a.jsonl", 600)
 
@@ -240,7 +257,7 @@ def test_only_evaluated_rounds_are_columns_and_only_whole_rounds_are_timed(tmp_p
     assert default_rounds(results) == [5, 10, 12]
     page = markdown(experiment, results, default_rounds(results), "a")
     assert "| a | 1.950 | 1.900 | 1.880 | +0.120 | 100% |" in page and "| b | 1.950 |  |  | +0.050 (after 5) | 100% |" in page
-    assert len(results[0].lines()) == 12 and len(results[0].timed()) == 11 and "| a | 12 | 2 | 4.5 |" in page
+    assert len(results[0].lines()) == 12 and len(results[0].timed()) == 11 and "| a | 12 | 11 | 2 | 4.5 |" in page
 
 
 def test_a_directory_without_an_experiment_is_said(tmp_path: Path) -> None:
