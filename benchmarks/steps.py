@@ -38,7 +38,7 @@ from fp_client.trainers import open_trainer
 from fp_client.units import gaps, keep
 
 CHOSEN = (3, 8, 10, 15, 16, 19, 22, 27)
-"""Eight layers as FDLO with even groups and IALS draw them on SmolLM2: eight gaps, and every gap costs a stitched step a change."""
+"""Eight layers as FDLO with even groups and IALS draw them on SmolLM2: eight gaps; every gap costs a stitched step a change."""
 
 
 def paired(
