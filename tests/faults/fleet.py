@@ -199,8 +199,8 @@ class Fleet:
     def _asked(self) -> None:
         for path in (self.root / "marks").glob("*/*.asked"):
             done = path.with_suffix(".done")
-            if not done.exists():
-                self.act(path.parent.name, path.read_text())
+            if not done.exists() and (words := path.read_text()):  # not caught between its creation and its writing
+                self.act(path.parent.name, words)
                 done.touch()
 
     def act(self, who: str, words: str) -> None:
