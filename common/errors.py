@@ -70,7 +70,7 @@ class DataError(FedPrunerError):
 
 
 class BudgetError(FedPrunerError):
-    """The memory budget holds no submodel. `smallest` is the least that would do, in bytes."""
+    """The memory budget is too small. `smallest` is the least that would do, in bytes."""
 
     exit_code = 5
     status = "RESOURCE_EXHAUSTED"

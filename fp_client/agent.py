@@ -69,6 +69,19 @@ NO_USE = (UpdateRejected, TooLate, AlreadyDone, NotFound)
 Task = ProbeTask | Assignment
 
 
+def _named(spec: RunSpec, task: Task) -> str:
+    """What a task is called in the log. An evaluation's key is of the round that would come next.
+
+    In a run whose method asks for no similarities, one before the first round can't be told from that round's probe.
+    """
+    number = task.key.round
+    if isinstance(task, Assignment):
+        return f"round {number + 1}, train"
+    if number >= spec.rounds or (spec.similarity and not task.similarity):
+        return f"after round {number}, evaluation" if number else "before round 1, evaluation"
+    return f"round {number + 1}, probe"
+
+
 class Work(Protocol):
     """What a device does with its weights and data; see `fp_client.work`. Raises errors of `common.errors`."""
 
@@ -231,14 +244,15 @@ class Agent:
 
     async def _do(self, said: Task) -> None:
         key, kind = said.key, "probe" if isinstance(said, ProbeTask) else "train"
-        where = f"run {key.run}, round {key.round + 1}, {kind}"
+        where = f"run {key.run}, round {key.round + 1}, {kind}"  # until the run is known
         self._progress = ("fetch", 0, 0)
         beat = asyncio.create_task(self._beat(key))
         try:
             async with self._one:
+                spec = self._runs.get(key.run)
+                where = f"run {key.run}, {_named(spec, said)}"
                 log.info("%s: begins", where)
                 fault("device.task.begin", kind)
-                spec = self._runs.get(key.run)
                 if isinstance(said, ProbeTask):
                     await self._probe(spec, said)
                 else:

@@ -10,12 +10,12 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.ending import end_within
 from common.errors import InUseError, StorageError
+from common.logs import OneLine
 from common.transport.tls import exposed
 from common.transport.wire import Backoff
 from fp_client.agent import Agent
@@ -52,9 +52,7 @@ class JsonLines(logging.Formatter):
 def log_to_stderr(as_json: bool, verbose: bool = False) -> None:
     """Send the logs to standard error, for people or as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
-    formatter.converter = time.localtime
-    handler.setFormatter(JsonLines() if as_json else formatter)
+    handler.setFormatter(JsonLines() if as_json else OneLine())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 

@@ -13,8 +13,9 @@ for _name, _value in (("OPENBLAS_NUM_THREADS", "1"), ("OMP_NUM_THREADS", "1"), (
 import typer
 
 from common.ending import leave_on_sigterm
+from common.version import add_version
 from fp_client import commands_doctor, commands_model, commands_plan, commands_probe
-from fp_client.commands import HERE, Directory, Json, run_app
+from fp_client.commands import HERE, Directory, Json, at, run_app
 from fp_client.health import PATIENCE, check
 
 app = typer.Typer(
@@ -48,7 +49,8 @@ def join(
         typer.echo(json.dumps({"name": joined.name, "role": joined.role, "server": joined.server, "dir": str(directory)}))
     else:
         typer.echo(
-            f"joined {joined.server} as {joined.role} {joined.name!r}; edit {directory / 'client.toml'}, then `fp-client doctor`"
+            f"joined {joined.server} as {joined.role} {joined.name!r}; "
+            f"edit {directory / 'client.toml'}, then `fp-client doctor{at(directory)}`"
         )
 
 
@@ -100,6 +102,7 @@ def health(
     typer.echo(check(directory, patience))
 
 
+add_version(app, "fp-client")
 for _module in (commands_plan, commands_probe, commands_doctor, commands_model):
     _module.register(app)
 

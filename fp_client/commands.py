@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,11 @@ Directory = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 HERE = Path()
+
+
+def at(directory: Path) -> str:
+    """What to write behind a command that is named to a person, so that it works on the same directory."""
+    return "" if directory == HERE else f" --dir {shlex.quote(str(directory))}"
 
 
 @contextlib.contextmanager

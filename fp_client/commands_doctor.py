@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import ConfigError, FedPrunerError, StorageError
-from fp_client.commands import HERE, Directory, Json, bar, err, out
+from fp_client.commands import HERE, Directory, Json, at, bar, err, out
 from fp_client.config import ClientConfig, cache_dir, human, load_config, need_server
 from fp_client.policy import load_policy
 
@@ -84,7 +84,7 @@ class Doctor:
         from fp_client.renewal import describe
 
         tls.client_credentials(self.directory)
-        return describe(self.directory / "device.pem")
+        return describe(self.directory / "device.pem", f"fp-client renew{at(self.directory)}")
 
     def _packages(self) -> str:
         found, missing = [], []
@@ -133,7 +133,7 @@ class Doctor:
         if not budget:
             key = "device" if device == "cuda" else "host"
             raise ConfigError(f'no budget is set: a task could take all memory; set [budget] {key} = "…" in client.toml')
-        return f"{human(budget)} of {'VRAM' if device == 'cuda' else 'main memory'}; see `fp-client plan`"
+        return f"{human(budget)} of {'VRAM' if device == 'cuda' else 'main memory'}; see `fp-client plan{at(self.directory)}`"
 
     def _disk(self) -> str:
         cache = cache_dir(self.config, self.directory)

@@ -115,7 +115,9 @@ def load_config(directory: Path) -> ClientConfig:
 def need_server(config: ClientConfig, directory: Path) -> str:
     """The server's address. Raises ConfigError when `join` has not written it."""
     if not re.fullmatch(r"[^\s/]+:\d{1,5}", config.server):
-        raise ConfigError(f"{directory / FILE}: server: {config.server!r} is not host:port; run `fp-client join` first")
+        raise ConfigError(
+            f"{directory / FILE}: server: {config.server!r} is not host:port; run `fp-client join TOKEN --dir {directory}` first"
+        )
     return config.server
 
 

@@ -115,7 +115,7 @@ def plan(
         what = cheapest if cheapest.peak >= least_probe.peak else least_probe
         table = ", ".join(f"{name} {_mib(size)}" for name, size in what.rows if size)
         raise BudgetError(
-            f"the budget of {_mib(budget_bytes)} holds no submodel: the smallest that would do is {_mib(floor)} "
+            f"the budget of {_mib(budget_bytes)} is too small: the smallest that would do is {_mib(floor)} "
             f"({what.moment}: {table}); raise [budget], or use nf4, a shorter window or a smaller batch",
             floor,
         )

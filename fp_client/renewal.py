@@ -82,12 +82,15 @@ def _day(certificate: x509.Certificate) -> str:
     return f"{certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
 
 
-def describe(path: Path) -> str:
-    """What `doctor` says of a certificate. Raises IdentityError when it is out of its time, or when others can read its key."""
+def describe(path: Path, renew: str = "fp-client renew") -> str:
+    """What `doctor` says of a certificate; `renew`: the command that renews it.
+
+    Raises IdentityError when it is out of its time, or when others can read its key.
+    """
     certificate = tls.check_validity(path)
     if problem := tls.exposed(path.with_suffix(".key")):
         raise IdentityError(problem)
     begin = tls.renewable_from(certificate)
     if datetime.now(UTC) < begin:
         return f"valid until {_day(certificate)}; the daemon renews it from {begin:%Y-%m-%d} on"
-    return f"valid until {_day(certificate)}; due to be renewed: leave the daemon running, or use `fp-client renew`"
+    return f"valid until {_day(certificate)}; due to be renewed: leave the daemon running, or use `{renew}`"

@@ -12,7 +12,6 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from common.errors import FedPrunerError, IdentityError, ProtocolError, Unreacha
 from common.faults import fault
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde, tls, wire
+from common.version import installed
 from fp_client.says import DeviceSays, ServerSays, decode, encode, plain
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,6 @@ _WORTH_A_RETRY = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
 """What a server that is stopping or overloaded answers, when the error is none of ours."""
-
-
-def software_version() -> str:
-    """The installed version, for people."""
-    try:
-        return metadata.version("fedpruner")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def diagnose(directory: Path, address: str, timeout: float = 5.0, pauses: tuple[float, ...] = PAUSES) -> IdentityError | None:
@@ -287,7 +279,7 @@ class Connection:
     async def _greet(self, call: Any) -> session_pb2.Welcome:
         message: Any
         try:
-            hello = session_pb2.Hello(schema=serde.schema(), version=software_version())
+            hello = session_pb2.Hello(schema=serde.schema(), version=installed())
             async with asyncio.timeout(ANSWER_SECONDS):
                 try:
                     await call.write(session_pb2.DeviceMessage(hello=hello))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 # Before numpy is imported: one BLAS thread gives the same sums everywhere; torch's threads are the experiment file's.
 for _name, _value in (("OPENBLAS_NUM_THREADS", "1"), ("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false")):
@@ -16,16 +16,18 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from common.version import add_version
 from fp_client.commands import run_app
-from fp_client.pool import worker_environment
-from fp_lab.report import collect, default_rounds, draw, markdown
-from fp_lab.results import Line
-from fp_lab.runner import JobPlace, Signals, Watch, chosen, kept_experiment, places, run_jobs
+
+if TYPE_CHECKING:
+    from fp_lab.results import Line
+    from fp_lab.runner import JobPlace
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     help="Compare methods: whole federations in one process, with the round logic and device code of the daemons.",
 )  # fmt: skip
+add_version(app, "fp-lab")
 out, err = Console(markup=False), Console(stderr=True, markup=False)
 Directory = Annotated[Path, typer.Argument(help="An experiment's directory (--out of `fp-lab run`).")]
 STOPPED = 130
@@ -41,6 +43,8 @@ def as_worker(threads: int, fast: bool) -> None:
 
     Without them memory peaks are not those of a device's worker: `fast` does without.
     """
+    from fp_client.pool import worker_environment
+
     wanted = {
         **worker_environment(threads),
         "OPENBLAS_NUM_THREADS": "1",
@@ -71,9 +75,11 @@ def run(
 
     experiment = load_experiment(file, data, model)
     as_worker(experiment.threads, fast)
-    from fp_lab.job import Stopped
+    from fp_lab.runner import Signals, Watch, chosen, run_jobs
 
     jobs = chosen(experiment, directory, row or [], seed or [])
+    from fp_lab.job import Stopped  # torch comes with it: not before everything asked for is known to be there
+
     signals = Signals()
     with signals.handled(), err.status("starting") as status:
         watch = Watch(lambda text: err.print(text, highlight=False), lambda *p: _progress(status, *p), _told)
@@ -105,6 +111,8 @@ def _seconds(line: Line) -> float:
 @app.command(epilog="Example: `fp-lab status gradients`")
 def status(directory: Directory) -> None:
     """Show every job: rounds done, loss, gain, seconds a round."""
+    from fp_lab.runner import kept_experiment, places
+
     experiment = kept_experiment(directory)
     table = Table(title=experiment.name)
     for head in ("row", "seed", "rounds", "loss", "gain", "s a round", ""):
@@ -140,6 +148,9 @@ def report(
     ] = None,
 ) -> None:
     """Write the results so far as Markdown tables and a plot."""
+    from fp_lab.report import collect, default_rounds, draw, markdown
+    from fp_lab.runner import kept_experiment
+
     experiment = kept_experiment(directory)
     results = collect(experiment, directory)
     rounds = sorted(set(round_ or default_rounds(results)))

@@ -10,14 +10,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import StorageError
-from fp_lab.devices import Evaluation
 from fp_server import events as e
 from fp_server.objects import storage_error
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Member, Round
+
+if TYPE_CHECKING:  # it imports torch, and whoever only reads results needs none
+    from fp_lab.devices import Evaluation
 
 Line = dict[str, Any]
 MEASURED = frozenset(

@@ -107,15 +107,6 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def read_endpoint(directory: Path) -> Endpoint:
-    """Where the server of a directory listens (or last listened). Raises ConfigError."""
-    config = configuration.load(directory / "server.toml", ServerConfig)
-    try:
-        return Endpoint(**json.loads((directory / FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return Endpoint(config.port, config.enroll_port, local_host(config.listen))
-
-
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials) -> int:
     try:
         port = server.add_secure_port(address, credentials)

@@ -14,11 +14,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from common.errors import StorageError
 from common.transport.tls import Peer
-from fp_server.log import Database
+
+if TYPE_CHECKING:  # an operator's command shows entries and needs no log of events
+    from fp_server.log import Database
 
 FIRST = "0" * 64
 """What the first entry's hash is chained to."""

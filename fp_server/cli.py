@@ -24,8 +24,10 @@ from common.ending import leave_on_sigterm
 from common.errors import ConfigError, FedPrunerError, StorageError
 from common.faults import arm
 from common.files import disk_full
+from common.logs import OneLine
+from common.version import add_version
 from fp_server import cli_access, cli_data
-from fp_server.cli_common import HERE, Directory, Json, err, out
+from fp_server.cli_common import HERE, DataDirectory, Directory, Json, err, out
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
@@ -38,7 +40,7 @@ ALL = 2**32 - 1
 @app.command(epilog="Example: `fp-server init --dir /srv/fp --name fp.example.org --name 10.0.0.5`")
 def init(
     name: Annotated[list[str], typer.Option(help="A host name or address devices reach this server by; repeatable.")],
-    dir: Directory = HERE,
+    dir: DataDirectory = HERE,
     listen: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="Main port (mTLS); 0 picks a free one at each start.")] = 7443,
     enroll_port: Annotated[int, typer.Option(help="Enrollment port; 0 picks a free one at each start.")] = 7444,
@@ -62,23 +64,13 @@ def _pin_malloc() -> None:
             mallopt(option, value)
 
 
-class _OneLine(logging.Formatter):
-    """A message is one line, whatever a device has written into it: it must not be able to forge other lines."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        message = record.message
-        if not message.isprintable():
-            record.message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        return super().formatMessage(record)
-
-
 @app.command(epilog="Example: `fp-server run --dir /srv/fp`")
 def run(
-    dir: Directory = HERE, verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debug lines too.")] = False
+    dir: DataDirectory = HERE, verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debug lines too.")] = False
 ) -> None:
     """Serve until SIGTERM; takes up again whatever was under way."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname).1s %(message)s"))
+    handler.setFormatter(OneLine())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     leave_on_sigterm()
     for noisy in ("grpc", "asyncio"):
@@ -90,7 +82,7 @@ def run(
 
 
 @app.command(epilog="Example: `fp-server health --dir /srv/fp && echo all is well`")
-def health(dir: Directory = HERE, json_: Json = False) -> None:
+def health(dir: DataDirectory = HERE, json_: Json = False) -> None:
     """Ask both ports whether they serve; exits with 7 when not. The image's health check asks the same."""
     from fp_server.health import check
 
@@ -124,13 +116,14 @@ def start(
             )
         manifest = checkpoint.manifest(config.model.name, fingerprint)
     config.check(manifest)
-    if config.limits.min_holders == 1:
-        err.print(
-            "warning: limits.min_holders is 1: a layer only one device trained goes to all devices as that device's own update",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
     name = Operator(dir).start(file.read_text(), manifest)
     out.print(f"run {name} started\nwatch it: fp-server status --watch --dir {dir}", highlight=False)
+    if config.limits.min_holders == 1:
+        err.print(
+            "warning: limits.min_holders is 1: a layer only one device trained goes to all devices as that device's own update; "
+            "limits.min_holders = 2 in the run file holds it back",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _entries(text: str) -> int:
@@ -237,7 +230,7 @@ def runs(dir: Directory = HERE, json_: Json = False) -> None:
     if json_:
         print(json.dumps(found, indent=1))  # noqa: T201
     else:
-        out.print(runs_table(found))
+        out.print(runs_table(found, "" if dir == HERE else f" --dir {dir}"), soft_wrap=not found)
 
 
 @app.command(epilog="Example: `fp-server export my-run --out adapter/` then load it with PEFT, or `fp-client merge`.")
@@ -256,6 +249,7 @@ def export(
     out.print(said, highlight=False, soft_wrap=True)
 
 
+add_version(app, "fp-server")
 cli_access.register(app)
 cli_data.register(app)
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from common.errors import ConfigError
-from fp_server.cli_common import HERE, Directory, Json, err, out
+from fp_server.cli_common import HERE, DataDirectory, Directory, Json, err, out
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -92,7 +92,9 @@ def join(
         out.print(said, highlight=False, soft_wrap=True)
 
 
-def operator(dir: Directory = HERE, name: Annotated[str, typer.Option(help="The name in the certificate.")] = "operator") -> None:
+def operator(
+    dir: DataDirectory = HERE, name: Annotated[str, typer.Option(help="The name in the certificate.")] = "operator"
+) -> None:
     """Make the operator's certificate in a data directory anew, with a new key: after it was revoked, lost or let expire.
 
     Works with or without the server running, and needs nothing but the directory.
@@ -102,7 +104,7 @@ def operator(dir: Directory = HERE, name: Annotated[str, typer.Option(help="The 
     out.print(new_operator(dir, name), highlight=False, soft_wrap=True)
 
 
-def certificate(dir: Directory = HERE) -> None:
+def certificate(dir: DataDirectory = HERE) -> None:
     """Make the server's certificate anew for the `names` in server.toml. A running server shows it to the next who connects."""
     from fp_server.maintenance import new_certificate
 
@@ -113,7 +115,7 @@ def audit(
     dir: Directory = HERE,
     since_: Annotated[str, typer.Option("--since", help="Only what is younger: 24h, 7d, or a date (2026-01-31).")] = "",
     verify: Annotated[bool, typer.Option("--verify", help="Check the chain of hashes instead, and print its head.")] = False,
-    head: Annotated[str, typer.Option(help="With --verify: a head noted earlier, which must still be in the chain.")] = "",
+    head: Annotated[str, typer.Option(help="With --verify: an audit head noted earlier, in full; it must still be there.")] = "",
     json_: Json = False,
 ) -> None:
     """Show who did what: tokens, certificates, runs, and what was refused. In a data directory the server need not run."""
@@ -123,14 +125,16 @@ def audit(
 
     if head and not verify:
         raise ConfigError("--head: goes with --verify")
+    if head and re.fullmatch(r"[0-9a-fA-F]{64}", head) is None:  # a slip of whoever copied it is no tampering
+        raise ConfigError(f"--head: {head!r} is not a full hash (64 hex digits)")
     rows = audited(dir, 0.0 if verify else since(since_))
     if verify:
-        last = check(rows, head)
+        last = check(rows, head.lower())
         count, found = (last.seq, last.hash) if last is not None else (0, "")
         if json_:
             print(json.dumps({"entries": count, "head": found}))  # noqa: T201
         else:
-            said = f"{count} entries, each follows from the one before; head {found or '(none)'}"
+            said = f"{count} entries, each follows from the one before; audit head {found or '(none)'}"
             out.print(said, highlight=False, soft_wrap=True)
     elif json_:
         for row in rows:

@@ -11,12 +11,12 @@ import typer
 from rich.text import Text
 
 from common.errors import DamagedError
-from fp_server.cli_common import HERE, Directory, Json, err, out
+from fp_server.cli_common import HERE, DataDirectory, Json, err, out
 
 
 def verify(
     directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="The directory; the one of --dir if left out.")] = None,
-    dir: Directory = HERE,
+    dir: DataDirectory = HERE,
     json_: Json = False,
 ) -> None:
     """Check a whole data directory: the log, the audit trail, every object they need. Changes nothing; the server may run.
@@ -33,6 +33,10 @@ def verify(
         print(json.dumps(verdict.json(), indent=1))  # noqa: T201
     else:
         out.print(verdict_view(verdict.json()))
+        if verdict.head:
+            out.print(f"event log head {verdict.head[:16]}…", highlight=False)
+        if verdict.audit_head:  # whole and on a line of its own: it is the one to be noted
+            out.print(f"audit head {verdict.audit_head}", highlight=False, soft_wrap=True)
     if verdict.damaged:
         raise typer.Exit(DamagedError.exit_code)
 
@@ -41,7 +45,7 @@ def backup(
     target: Annotated[
         Path, typer.Option("--out", help="What to write: a directory, or an archive when it ends in .tar; must not exist.")
     ],
-    dir: Directory = HERE,
+    dir: DataDirectory = HERE,
     json_: Json = False,
 ) -> None:
     """Copy a data directory, consistent while its server works: log, objects, configuration, certificates and all keys (0600)."""
@@ -55,7 +59,8 @@ def backup(
     if json_:
         print(json.dumps({**asdict(made), "out": str(made.out)}))  # noqa: T201
     else:
-        said = f"{made.out}: {made.events} events (head {made.head[:16]}…), {made.objects} objects of {size(made.bytes)}"
+        log = f"{made.events} events (event log head {made.head[:16]}…)"
+        said = f"{made.out}: {log}, {made.objects} objects of {size(made.bytes)}"
         out.print(
             f"{said}\nit holds the keys of the server and its CA: keep it where nobody else reads",
             highlight=False,

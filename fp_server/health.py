@@ -47,6 +47,18 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def read_endpoint(directory: Path) -> Endpoint:
+    """Where the server of a directory listens, or last listened. Raises ConfigError."""
+    try:
+        return Endpoint(**json.loads((directory / FILE).read_text()))
+    except (OSError, ValueError, TypeError):  # it never ran, or not to the end of its start
+        from common import config as configuration
+        from fp_server.config import ServerConfig
+
+        config = configuration.load(directory / "server.toml", ServerConfig)
+        return Endpoint(config.port, config.enroll_port, local_host(config.listen))
+
+
 def check(directory: Path, timeout: float = TIMEOUT) -> Endpoint:
     """The endpoint, when both ports say SERVING. Raises ConfigError, IdentityError, or UnreachableError with the reason.
 

@@ -25,9 +25,8 @@ from common.pb import admin_pb2, admin_pb2_grpc
 from common.transport import enroll, serde, tls
 from common.transport.wire import CHANNEL_OPTIONS, from_rpc_error, options, split_address
 from common.types import ModelManifest, UnitObject
-from fp_server.app import read_endpoint
 from fp_server.audit import Actor, Entry, Row
-from fp_server.health import host_port
+from fp_server.health import host_port, read_endpoint
 
 logger = logging.getLogger("fp_server")
 

@@ -82,7 +82,7 @@ class OwnCertificates:
                 return False
             self.operator(identity_of(certificate)[1], days, same_key=True)
         except IdentityError as error:
-            logger.warning("%s; `fp-server operator` makes another", error)
+            logger.warning("%s; `fp-server operator --dir %s` makes another", error, self._directory)
             return False
         return True
 

@@ -17,6 +17,7 @@ from common.faults import fault
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde
 from common.transport.wire import errors_to_status
+from common.version import installed
 from fp_server import commands as c
 from fp_server import reports
 from fp_server.access import Access, Context
@@ -27,7 +28,7 @@ from fp_server.sessions import Session
 
 logger = logging.getLogger("fp_server")
 
-VERSION = "0.1.0"
+VERSION = installed()
 MESSAGES, BURST = 10.0, 50.0
 """Messages a second that are read from a device, and how many at once; more of them wait on the device's side."""
 

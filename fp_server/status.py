@@ -92,6 +92,7 @@ def status(
         "gradient": machine.config.train.gradient.value,
         "min_devices": machine.config.run.min_devices,
         "min_holders": machine.config.limits.min_holders,
+        "model_units": len(machine.units),
         "ledger_layers": [layer + 1 for layer in sorted(machine.ledger)],
     }
 

@@ -47,7 +47,10 @@ class Verdict:
     directory: Path
     events: int = 0
     head: str = ""
+    """Of the event log's chain."""
     audited: int = 0
+    audit_head: str = ""
+    """Of the audit trail's chain, which is another: the one that `fp-server audit --verify` knows."""
     runs: dict[str, str] = field(default_factory=dict)
     """Run -> where it stands."""
     needed: int = 0
@@ -70,7 +73,8 @@ class Verdict:
         """For scripts."""
         return {
             "dir": str(self.directory), "damaged": self.damaged, "problems": self.problems, "notes": self.notes,
-            "events": self.events, "head": self.head, "audit_entries": self.audited, "runs": self.runs,
+            "events": self.events, "head": self.head, "audit_entries": self.audited,
+            "audit_head": self.audit_head, "runs": self.runs,
             "objects": self.needed, "object_bytes": self.needed_bytes, "orphans": self.orphans, "leftovers": self.leftovers,
             "quarantine": self.quarantine,
             "bad_objects": [
@@ -130,7 +134,9 @@ def _look(directory: Path, store: ObjectStore, verdict: Verdict, seen: OnObject)
             _check_audit(database, verdict)
         verdict.events, verdict.head = head.seq, head.hash
         if not database.chained:
-            verdict.notes.append("the log is of an older version and has no chain of hashes yet; `fp-server run` adds it")
+            verdict.notes.append(
+                f"the log is of an older version and has no chain of hashes yet; `fp-server run --dir {directory}` adds it"
+            )
         return _check_objects(log, store, verdict, seen)
     finally:
         database.close()
@@ -144,7 +150,7 @@ def _check_audit(database: Database, verdict: Verdict) -> None:
     except StorageError as error:
         verdict.problems.append(str(error))
     else:
-        verdict.audited = last.seq if last is not None else 0
+        verdict.audited, verdict.audit_head = (last.seq, last.hash) if last is not None else (0, "")
 
 
 def _check_objects(log: EventLog, store: ObjectStore, verdict: Verdict, seen: OnObject) -> dict[str, list[str]] | None:

@@ -39,10 +39,10 @@ def _progress(progress: dict[str, Any]) -> str:
     return f"{progress['phase']} {100 * min(done, total) // total} %" if total else str(progress["phase"])
 
 
-def runs_table(runs: list[dict[str, Any]]) -> RenderableType:
-    """All runs, newest first."""
+def runs_table(runs: list[dict[str, Any]], options: str = "") -> RenderableType:
+    """All runs, newest first. `options`: of the command that would start one."""
     if not runs:
-        return Text("no runs yet; start one with `fp-server start RUN.toml`")
+        return plain(f"no runs yet; start one with `fp-server start RUN.toml{options}`")
     table = Table("run", "state", "method", "model", "rounds", "held-out loss")
     for run in runs:
         words = (run["run"], run["state"], run["method"], run["model"], f"{run['rounds_done']} of {run['rounds']}", _change(run))
@@ -122,7 +122,8 @@ def _headline(status: dict[str, Any]) -> Text:
 
 
 def _devices(status: dict[str, Any]) -> Table:
-    table = Table("device", "", "budget", "units", "samples", "doing", title="devices", title_justify="left")
+    units = f"units of {status['model_units']}"
+    table = Table("device", "", "budget", units, "samples", "doing", title="devices", title_justify="left")
     current = status["current"]["devices"] if status["current"] else {}
     for name, device in status["devices"].items():
         doing = device["refusal"] or ("ready" if device["connected"] else "away")
@@ -210,9 +211,11 @@ def _review(member: dict[str, Any]) -> str:
 def _gradient_table(entry: dict[str, Any]) -> list[RenderableType]:
     """How each device made its gradient, how long a step took, and how near the full model's gradient it was.
 
-    Left out where there is nothing to tell but plain submodels.
+    Left out where there is nothing to tell but plain submodels; the cosine, where no device has measured it.
     """
-    table = Table("device", "gradient", "a step (expected)", "cosine with the full model's", box=None, header_style="dim")
+    measured = any(member.get("fidelity") is not None for member in entry["devices"].values())
+    heads = ["device", "gradient", "a step (expected)", *(["cosine with the full model's"] if measured else [])]
+    table = Table(*heads, box=None, header_style="dim")
     for device, member in entry["devices"].items():
         seconds, cosine, mode = member.get("step_seconds"), member.get("fidelity"), member.get("gradient")
         if mode is None or (mode == "submodel" and seconds is None and cosine is None):
@@ -222,7 +225,7 @@ def _gradient_table(entry: dict[str, Any]) -> list[RenderableType]:
         said = ("exact" if mode == "streamed" else "") if cosine is None else f"{cosine:.3f}"
         if cosine is not None and (units := member.get("unit_fidelity")):
             said += f" (units {min(units.values()):.3f} to {max(units.values()):.3f})"
-        table.add_row(plain(device), mode, step, said)
+        table.add_row(plain(device), mode, step, *([said] if measured else []))
     return [table] if table.row_count else []
 
 
@@ -258,11 +261,7 @@ def verdict_view(found: dict[str, Any]) -> RenderableType:
         table.add_row(plain(what), mark, plain(said))
 
     if not found["problems"]:
-        row(
-            "event log",
-            True,
-            f"{found['events']} events, each follows from the one before; head {found['head'][:16] or '(none)'}…",
-        )
+        row("event log", True, f"{found['events']} events, each follows from the one before")
         row("audit trail", True, f"{found['audit_entries']} entries, each follows from the one before")
     for problem in found["problems"]:
         row("problem", False, problem)

@@ -48,9 +48,10 @@ from common.types import (
     model_units,
     unit_modules,
 )
-from fp_server.app import initialise, read_endpoint
+from fp_server.app import initialise
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
+from fp_server.health import read_endpoint
 from fp_server.identity import Authority
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore

@@ -26,7 +26,7 @@ from common.pb import (
 from common.tensorfile import write_tensors
 from common.transport import serde, tls, wire
 from common.types import TaskKey
-from fp_server.app import read_endpoint
+from fp_server.health import read_endpoint
 
 NAMES = {
     "path": "../../etc/passwd",

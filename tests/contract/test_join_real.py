@@ -97,8 +97,8 @@ def test_a_certificate_is_renewed_in_its_own_directory(server, tmp_path, run, ag
 
 def test_another_name_for_a_directory_is_said(server, tmp_path, run):
     operator, directory = Operator(server.directory), tmp_path / "twice"
-    code, _, err = run("join", operator.token("gina", "device", 60).text, "--dir", directory)
-    assert code == 0 and "from now on" not in err
+    code, out, err = run("join", operator.token("gina", "device", 60).text, "--dir", directory)
+    assert code == 0 and "from now on" not in err and out.endswith(f"then `fp-client doctor --dir {directory}`\n")
     code, out, err = run("join", operator.token("hugo", "device", 60).text, "--dir", directory, "--again")
     assert code == 0 and "as device 'hugo'" in out
     assert f"{directory} was 'gina' and is 'hugo' from now on; `fp-server revoke gina` ends the old certificate" in err

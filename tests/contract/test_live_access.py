@@ -35,7 +35,7 @@ from common.transport import serde, tls
 from common.types import ModelManifest, ModuleShape
 from fp_client.renewal import stay_valid
 from fp_client.rpc import Connection
-from fp_server.app import read_endpoint
+from fp_server.health import read_endpoint
 from fp_server.operator import Operator
 
 SOON = 5.0

@@ -22,8 +22,8 @@ from common.pb import admin_pb2, admin_pb2_grpc, enroll_pb2, enroll_pb2_grpc
 from fp_client.config import load_config
 from fp_client.policy import load_policy
 from fp_client.rpc import Connection
-from fp_server.app import read_endpoint
 from fp_server.config import ServerConfig
+from fp_server.health import read_endpoint
 from fp_server.operator import OperatorConfig
 
 ROOT = Path(__file__).parents[2]

@@ -218,9 +218,11 @@ def test_what_is_refused_is_in_the_trail_and_the_chain_holds(idle, tmp_path, run
     }  # fmt: skip
     asyncio.run(all_there())
     said = cli("audit", "--verify", *at)
-    head = re.search(r"^(\d+) entries, each follows from the one before; head ([0-9a-f]{64})", said)
+    head = re.search(r"^(\d+) entries, each follows from the one before; audit head ([0-9a-f]{64})", said)
     assert head and int(head[1]) == len(cli("audit", "--json", *at).splitlines())
     assert json.loads(cli("audit", "--verify", "--head", head[2], "--json", *at))["head"] == head[2]
+    assert f"audit head {head[2]}" in cli("audit", "--verify", "--head", head[2].upper(), *at)
+    assert "is not a full hash (64 hex digits)" in cli("audit", "--verify", "--head", head[2][:16], *at, code=2)
     assert "no audit entry has the hash ffff" in cli("audit", "--verify", "--head", "f" * 64, *at, code=11)
     assert "--head: goes with --verify" in cli("audit", "--head", "f", *at, code=2)
     assert "--since: 'yesterday' is neither" in cli("audit", "--since", "yesterday", *at, code=2)

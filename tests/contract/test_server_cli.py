@@ -165,7 +165,9 @@ def test_a_run_from_start_to_export(tmp_path):
         (tmp_path / "toy.json").write_text(dump_manifest(MANIFEST))
         said = cli("start", tmp_path / "run.toml", *at)
         assert "run toy-run started" in said and said.count("warning: limits.min_holders is 1") == 1
-        assert "there is already a run 'toy-run'" in cli("start", tmp_path / "run.toml", *at, code=2)
+        assert "limits.min_holders = 2 in the run file" in said
+        said = cli("start", tmp_path / "run.toml", *at, code=2)
+        assert "there is already a run 'toy-run'" in said and "warning" not in said
         (tmp_path / "other.toml").write_text(run_toml(name="other"))
         assert "run 'toy-run' is active; stop it first" in cli("start", tmp_path / "other.toml", *at, code=2)
         assert "paused" in cli("pause", *at)

@@ -84,9 +84,12 @@ def test_a_killed_server_leaves_a_sound_directory_and_looking_changes_nothing(di
     assert snapshot(directory) == before
     said = tool("verify", str(directory))
     assert said.returncode == 0 and "each follows from the one before" in said.stdout and "damaged;" not in said.stdout
+    assert said.stdout.endswith(f"\nevent log head {found.head[:16]}…\naudit head {found.audit_head}\n")
     as_json = json.loads(tool("verify", "--dir", str(directory), "--json").stdout)
     assert as_json["damaged"] is False and as_json["head"] == found.head and as_json["objects"] == found.needed
     assert snapshot(directory) == before
+    audited = json.loads(tool("audit", "--verify", "--dir", str(directory), "--json").stdout)
+    assert as_json["audit_head"] == audited["head"] == found.audit_head != as_json["head"]
 
 
 def needed(directory: Path, what: str) -> Path:

@@ -22,6 +22,7 @@ from common.types import (
     UnitId,
     UpdateMetrics,
 )
+from fp_client.agent import _named
 from fp_client.config import human, load_config, need_data, need_model, need_server, parse_bytes, resolve
 from fp_client.policy import Policy, load_policy
 
@@ -52,7 +53,9 @@ def test_human_sizes():
     ("text", "words"),
     [
         ("colour = 1", "colour: unknown key"),
-        ("[budget]\nhots = 1", "budget.hots: unknown key"),
+        ("[budget]\nhots = 1", "budget.hots: unknown key (did you mean 'host'?)"),
+        ('[models."m"]\nsuorce = "x"', "models.m.suorce: unknown key (did you mean 'source'?)"),
+        ("[data]\nmax_heldout = 2", "data.max_heldout: unknown key (did you mean 'max_held_out'?)"),
         ('[budget]\nhost = "a lot"', "budget.host: not a size"),
         ('threads = "two"', "threads"),
         ("threads = 0", "threads"),
@@ -77,7 +80,7 @@ def test_what_is_missing_is_said(tmp_path):
         load_config(tmp_path)
     (tmp_path / "client.toml").write_text('[models."a"]\nsource = "x"\n')
     config = load_config(tmp_path)
-    with pytest.raises(ConfigError, match="server"):
+    with pytest.raises(ConfigError, match=f"server.*`fp-client join TOKEN --dir {tmp_path}`"):
         need_server(config, tmp_path)
     with pytest.raises(ConfigError, match=r"\[data\]"):
         need_data(config, tmp_path)
@@ -96,7 +99,7 @@ def test_paths_are_relative_to_the_device_directory(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("max_step = 1", "max_step: unknown key"),
+        ("max_step = 1", "max_step: unknown key (did you mean 'max_steps'?)"),
         ("max_steps = 0", "max_steps"),
         ('starts = ["warm"]', "starts"),
         ("upload_loss = 1", "upload_loss"),
@@ -193,6 +196,18 @@ def test_tasks_are_held_to_the_policy_too():
         Policy(upload_similarity=False).check_probe(SPEC, probe)
     Policy(upload_similarity=False).check_probe(SPEC, replace(probe, similarity=False))
     assert Policy(upload_loss=False).tells(probe) and not Policy(upload_loss=False).tells(replace(probe, similarity=False))
+
+
+def test_an_evaluation_is_called_one_in_the_log() -> None:
+    final, first = ProbeTask(replace(KEY, round=3), SPEC.probe, (), False), ProbeTask(KEY, SPEC.probe, (), False)
+    loss_only = replace(SPEC, similarity=False)
+    assert [
+        _named(SPEC, replace(first, similarity=True)), _named(SPEC, Assignment(KEY, (UnitId(0),), (), (), TRAIN, (), 4, True)),
+        _named(SPEC, first), _named(SPEC, final), _named(loss_only, final), _named(loss_only, first),
+    ] == [
+        "round 1, probe", "round 1, train",
+        "before round 1, evaluation", "after round 3, evaluation", "after round 3, evaluation", "round 1, probe",
+    ]  # fmt: skip
 
 
 def test_what_the_policy_keeps_of_an_update() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from common.bucket import Bucket, Buckets
 from common.errors import BY_NAME, LimitError, StorageError
-from fp_server.cli import _OneLine
+from common.logs import OneLine
 from fp_server.commands import SendEnded
 from fp_server.hangup import address_of, hang_up
 from fp_server.limits import OUTBOX, Complaints, ServerLimits
@@ -52,7 +52,7 @@ def test_complaints_are_few_and_say_how_many_were_left_out(caplog):
 
 def test_a_log_line_is_one_line():
     record = logging.LogRecord("x", logging.INFO, "x", 1, "device %s", ("a\n2026-01-01 I device b connected\x1b[31m ключ",), None)
-    assert _OneLine("%(message)s").format(record) == "device a\\n2026-01-01 I device b connected\\x1b[31m ключ"
+    assert OneLine("%(message)s").format(record) == "device a\\n2026-01-01 I device b connected\\x1b[31m ключ"
 
 
 def test_a_device_that_leaves_messages_unread_is_hung_up():

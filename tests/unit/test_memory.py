@@ -184,7 +184,7 @@ def test_the_breakdown_names_what_is_live() -> None:
 
 def test_a_refusal_says_what_would_do() -> None:
     with pytest.raises(
-        BudgetError, match=r"the budget of 100 MiB holds no submodel: the smallest that would do is \d+ MiB \(loss: weights"
+        BudgetError, match=r"the budget of 100 MiB is too small: the smallest that would do is \d+ MiB \(loss: weights"
     ):
         plan(SMALL, Setting(), spec(), PROBE, 0, 100 * MIB)
     shape = shape_of(SMALL)

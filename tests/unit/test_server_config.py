@@ -27,6 +27,8 @@ BAD = [
     ("[run]\ncolour = 1\n", "run.toml: not valid TOML"),
     ("[lora]\ncolour = 1\n", "run.toml: lora.colour: unknown key"),
     ("[colours]\n", "colours: unknown key"),
+    ("[train]\nstpes = 3\n", "run.toml: train.stpes: unknown key (did you mean 'steps'?)"),
+    ("[limtis]\nx = 3\n", "limtis: unknown key (did you mean 'limits'?)"),
     ("[lora]\nrank = '8'\n", "lora.rank: Input should be a valid integer (got '8')"),
     ("[lora]\nrank = 8.5\n", "lora.rank"),
     ("[lora]\nrank = 0\n", "lora.rank: Input should be greater than or equal to 1 (got 0)"),

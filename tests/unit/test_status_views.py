@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -39,6 +41,7 @@ def test_no_run():
     assert status(None, "x", ["a"]) == {"run": None, "state": "idle", "connected": ["a"], "problem": "x"}
     assert "devices connected: a" in shown(status_view(status(None, "", ["a"])))
     assert "no runs yet" in shown(runs_table([]))
+    assert "`fp-server start RUN.toml --dir d`" in shown(runs_table([], " --dir d"))
 
 
 def test_a_round_under_way():
@@ -152,6 +155,47 @@ def test_what_a_device_says_of_its_gradient_is_shown_within_80_columns():
     assert "laptop-north streamed 3.25 s (3.50 s) 0.412 (units 0.250 to 0.500)" in lines and "phone streamed – exact" in lines, (
         text
     )
+
+
+def test_a_cosine_nobody_has_measured_has_no_column():
+    shell = opened()
+    shell.probe("a", "b")
+    shell.assign("a", "b")
+    shell.do(e.UpdateAccepted("r", shell.key, "a", ObjectRef("ab" * 32, 100), UpdateMetrics(step_seconds=3.25)))
+    text = shown(status_view(whole(shell.machine)))
+    assert "3.25 s" in text and "cosine" not in text
+    shell.do(e.UpdateAccepted("r", shell.key, "b", ObjectRef("ab" * 32, 100), UpdateMetrics(step_seconds=3.25, fidelity=0.5)))
+    text = shown(status_view(whole(shell.machine)))
+    assert "cosine with the full model's" in text and "0.500" in text
+
+
+@pytest.mark.parametrize(("units", "of"), [("layer", 4), ("component", 8)])
+def test_units_are_said_to_be_of_so_many(units, of):
+    shell = Shell(f'[pruning]\nunits = "{units}"\n')
+    shell.join("a")
+    made = whole(shell.machine)
+    assert made["model_units"] == of and f"units of {of}" in shown(status_view(made))
+
+
+def test_every_key_is_in_the_protocols_table():
+    """Of a run with updates that were trained, compared, stacked, and of one that was not."""
+    shell = opened()
+    shell.do(c.ProgressSeen("a", shell.key, "probe", 3, 30))
+    early = whole(shell.machine)
+    shell.probe("a", "b")
+    shell.assign("a", "b")
+    metrics = UpdateMetrics(fidelity=0.5, unit_fidelity=(0.5, 0.5))
+    shell.do(e.UpdateAccepted("r", shell.key, "a", ObjectRef("ab" * 32, 100), metrics), dropped(shell.key, "b"))
+    shell.do(e.UpdatesReviewed("r", shell.key, {"a": Score(2, 2, -0.25, 1.5)}, {}, True))
+    shell.commit()
+    late = whole(shell.machine)
+    entry = late["history"][0]
+    keys = {*early, *late, *late["devices"]["a"], *late["loss"][0], *entry, *entry["devices"]["a"]["review"]}
+    keys |= {key for made in (early["current"], entry) for member in made["devices"].values() for key in member}
+    keys |= set(early["current"]["devices"]["a"]["progress"])
+    table = (Path(__file__).parents[2] / "docs/protocol.md").read_text().split("## Status JSON")[1]
+    told = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"`([^`]*)`", table))))
+    assert {"min_devices", "update_bytes", "agreement", "phase"} <= keys and keys - told == set()
 
 
 def test_how_updates_compare_is_told_and_what_is_left_out_is_shown():
