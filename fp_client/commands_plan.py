@@ -237,7 +237,7 @@ def _at_least(size: int) -> str:
 
 def _show(rows: list[dict[str, Any]], limit: int, device: str, asked_for: str) -> None:
     held = f"budget {human(limit) if limit else 'unbounded'} ({'VRAM' if device == 'cuda' else 'main memory'})"
-    table = Table(title=f"{held}: {asked_for}")
+    table = Table(title=f"{held}: {asked_for}", title_justify="left", box=None, pad_edge=False, header_style="dim")
     for name in ("model", "gradient", "units", "micro", "peak", "disk", "a step", "smallest"):
         table.add_column(name, justify="left" if name in ("model", "gradient") else "right", no_wrap=name != "model")
     for row in rows:

@@ -240,7 +240,7 @@ def audit_json(row: Row) -> dict[str, Any]:
 
 def audit_table(rows: Iterable[Row]) -> RenderableType:
     """Who did what, oldest first."""
-    table = Table("time", "who", "what", "of what", "outcome", "from")
+    table = Table("time", "who", "what", "of what", "outcome", "from", box=None, pad_edge=False, header_style="dim")
     for row in rows:
         who, what = row.entry.actor, row.entry
         at = f"{datetime.fromtimestamp(row.time):%Y-%m-%d %H:%M:%S}"
