@@ -26,7 +26,7 @@ from common.errors import ConfigError, DamagedError, StorageError
 from common.files import sync_directory
 from fp_server import audit
 from fp_server.audit import SERVER, Entry
-from fp_server.folding import fold, uses
+from fp_server.folding import fold
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore, storage_error
 
@@ -191,7 +191,7 @@ def _copy_log(directory: Path, copy: Path) -> tuple[_Log, list[str], list[str]]:
         objects, living = dict[str, None](), list[str]()
         for run in log.runs():
             machine = fold(log, run)
-            found = uses(machine)
+            found = machine.uses()
             objects |= dict.fromkeys(found)
             if machine.ended is None:
                 living += found

@@ -33,18 +33,3 @@ def past(log: EventLog, run: str, index: int, count: int) -> list[Entry]:
         if machine.history.total == count:
             break
     return list(machine.history)
-
-
-def uses(machine: RunMachine) -> dict[str, list[str]]:
-    """Digest -> what each object is that the run's state refers to, for a person."""
-    found: dict[str, list[str]] = {}
-    for name, kept in (("ledger", machine.ledger), ("adapter object", machine.broadcast)):
-        for layer, ref in sorted(kept.items()):
-            found.setdefault(ref.digest, []).append(f"{name} of layer {layer + 1} of run {machine.name}")
-    if machine.current is not None:
-        for device, member in sorted(machine.current.members.items()):
-            if member.accepted is not None:
-                found.setdefault(member.accepted.ref.digest, []).append(
-                    f"update of {device} for round {machine.current.opened.key.round + 1} of run {machine.name}"
-                )
-    return found

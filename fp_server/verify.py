@@ -19,7 +19,7 @@ from common.errors import ConfigError, DamagedError, FedPrunerError, IdentityErr
 from common.transport.tls import exposed, load_key
 from fp_server import audit
 from fp_server.config import ServerConfig
-from fp_server.folding import fold, uses
+from fp_server.folding import fold
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 
@@ -192,7 +192,7 @@ def _needed(log: EventLog, verdict: Verdict) -> dict[str, list[str]]:
         except Exception as error:
             raise DamagedError(f"run {run!r} can't be folded: {type(error).__name__}: {error}") from error
         verdict.runs[run] = f"{machine.phase.value}, {machine.history.committed} of {machine.config.run.rounds} rounds"
-        for digest, what in uses(machine).items():
+        for digest, what in machine.uses().items():
             needed.setdefault(digest, []).extend(what)
     return needed
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from server_side import Device, Server, run_toml, whole_run
 
-from fp_server.folding import fold, uses
+from fp_server.folding import fold
 from fp_server.log import Database, EventLog
 from fp_server.verify import verify
 
@@ -98,7 +98,7 @@ def needed(directory: Path, what: str) -> Path:
     assert not found.damaged
     database = Database(directory / "log.sqlite", reading=True)
     try:
-        named = uses(fold(EventLog(database), "toy-run"))
+        named = fold(EventLog(database), "toy-run").uses()
     finally:
         database.close()
     digest = next(digest for digest, names in named.items() if any(name.startswith(what) for name in names))
