@@ -192,7 +192,7 @@ class Agent:
         if isinstance(said, RunSpec):
             await self._plans.asked(said)
         elif isinstance(said, Cancel):
-            log.info("run %s, round %d: task dropped (%s)", said.key.run, said.key.round + 1, said.reason)
+            log.info("%s: dropped (%s)", self._called(said.key), said.reason)
             if self._said is not None and self._said.key == said.key:
                 await self._drop()
             self._outbox.drop_task(said.key)
@@ -222,13 +222,20 @@ class Agent:
     async def _begin(self, said: Task) -> None:
         running = self._task is not None and not self._task.done()
         if running and self._said == said:
-            log.info("run %s, round %d: the running task was sent again; it goes on", said.key.run, said.key.round + 1)
+            log.info("%s: the running task was sent again; it goes on", self._called(said.key))
             return
         if self._last_probe is not None and self._last_probe[0] == said:
             await self._tell(self._last_probe[1])
             return
         await self._drop()
         self._said, self._task = said, asyncio.create_task(self._do(said))
+
+    def _called(self, key: TaskKey) -> str:
+        """A task's name in the log: the running one's by what it is."""
+        if self._said is not None and self._said.key == key:
+            with suppress(FedPrunerError):
+                return f"run {key.run}, {_named(self._runs.get(key.run), self._said)}"
+        return f"run {key.run}, round {key.round + 1}, task"
 
     async def _drop(self) -> None:
         """Stop the task under way; its worker is killed."""

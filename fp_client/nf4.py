@@ -66,7 +66,8 @@ class Nf4Store:
     def holds(self, layer: int, modules: Sequence[str]) -> bool:
         """Whether the layer's entry is there and undamaged."""
         path = self.path(layer)
-        if path not in self._verified:
+        if path not in self._verified or not path.exists():
+            self._verified.discard(path)
             try:
                 with TensorFile(path) as file:
                     if _intact(file, modules):

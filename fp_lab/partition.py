@@ -112,10 +112,19 @@ def _usable(name: str, dealt: Sequence[Place], opened: Sequence[Rows], window: i
 
     Raises DataError when too few rows fit the window.
     """
-    order = sorted(dealt, key=lambda place: opened[place[0]].digests[place[1]])
-    for count, (source, index) in enumerate(order):
-        if isinstance(encode(opened[source].read(index), tokenizer, window), Encoded) and count + 1 < len(order):
-            return order[count:]
+
+    def digest(place: Place) -> bytes:
+        return opened[place[0]].digests[place[1]]
+
+    def fits(place: Place) -> bool:
+        return isinstance(encode(opened[place[0]].read(place[1]), tokenizer, window), Encoded)
+
+    order = sorted(dealt, key=digest)
+    for count, place in enumerate(order):
+        if fits(place):
+            if any(digest(other) != digest(place) and fits(other) for other in order[count + 1 :]):
+                return order[count:]
+            break
     raise DataError(
         f"device {name} was dealt {len(order)} rows, of which too few have a response that fits {window} tokens; "
         "raise the experiment's window or data.rows_per_device"

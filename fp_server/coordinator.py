@@ -209,7 +209,8 @@ class Coordinator:
                     self.keeper.kept |= machine.references()
                 if isinstance(item, (*_FREEING, e.DeviceDropped)):
                     self.keeper.clear_arrivals()
-                self.keeper.free(before, machine)
+                if before:
+                    self.background.spawn(self.keeper.free(before, machine))
                 for command in commands:
                     if isinstance(command, Record) and self.draining and isinstance(command.event, e.RoundOpened):
                         continue  # opened at the next start
@@ -285,7 +286,7 @@ class Coordinator:
                 if isinstance(event, e.UpdatesReviewed):
                     return
                 made = {ref.digest for unit in event.units for ref in (unit.ledger, unit.broadcast)}
-                self.keeper.free(frozenset(made), machine)  # the run was stopped meanwhile
+                await self.keeper.free(frozenset(made), machine)  # the run was stopped meanwhile
                 return
             await asyncio.sleep(delay)
             delay = min(60.0, delay * 2)

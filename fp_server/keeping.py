@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from common.errors import DamagedError, StorageError
 from fp_server import audit, damage
@@ -65,12 +66,11 @@ class Keeper:
     def let_go(self, digest: str) -> None:
         """An object was adopted that no event will refer to."""
         if digest not in self.wanted()[0]:
-            self._background.spawn(self.discard(frozenset({digest}), self.store.mark))
+            self._background.spawn(self._discard(frozenset({digest}), self.store.mark))
 
-    def free(self, before: frozenset[str], machine: RunMachine) -> None:
-        """Let go of what `machine` referred to and doesn't any more. Its event is durable: nothing will ask for it again."""
-        if gone := before - machine.references() - self.kept:
-            self._background.spawn(self.discard(gone, self.store.mark))
+    def free(self, before: frozenset[str], machine: RunMachine) -> Coroutine[Any, Any, None]:
+        """Remove what was referred to `before` and isn't now, by any run. The event is durable: nothing will ask for it again."""
+        return self._discard(before - machine.references() - self.kept, self.store.mark)
 
     def clear_arrivals(self) -> None:
         """What has come in part and can't count any more must not take the disk of what can."""
@@ -82,8 +82,10 @@ class Keeper:
         except OSError as error:
             logger.warning("updates in part can't be removed: %s", error)
 
-    async def discard(self, digests: frozenset[str], mark: int) -> None:
+    async def _discard(self, digests: frozenset[str], mark: int) -> None:
         """Remove objects, but for those adopted again since the store's `mark`."""
+        if not digests:
+            return
         try:  # in the thread that aggregates: what is being read stays until that is over
             await self._background.heavy(self.store.discard, digests, mark)
         except OSError as error:  # they stay until the next start

@@ -12,9 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from common.errors import TooLate
-from common.types import (
-    TaskKey,
-)
+from common.types import TaskKey
 from fp_server import events as e
 from fp_server.commands import (
     Aggregate,

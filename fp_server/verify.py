@@ -135,7 +135,7 @@ def _look(directory: Path, store: ObjectStore, verdict: Verdict, seen: OnObject)
         verdict.events, verdict.head = head.seq, head.hash
         if not database.chained:
             verdict.notes.append(
-                f"the log is of an older version and has no chain of hashes yet; `fp-server run --dir {directory}` adds it"
+                "the log is of an older version and has no chain of hashes yet; its server adds it at the next start"
             )
         return _check_objects(log, store, verdict, seen)
     finally:

@@ -122,8 +122,8 @@ def _headline(status: dict[str, Any]) -> Text:
 
 
 def _devices(status: dict[str, Any]) -> Table:
-    units = f"units of {status['model_units']}"
-    table = Table("device", "", "budget", units, "samples", "doing", title="devices", title_justify="left")
+    head = f"units of {status['model_units']}" if "model_units" in status else "units"  # an older server says nothing of it
+    table = Table("device", "", "budget", head, "samples", "doing", title="devices", title_justify="left")
     current = status["current"]["devices"] if status["current"] else {}
     for name, device in status["devices"].items():
         doing = device["refusal"] or ("ready" if device["connected"] else "away")

@@ -184,10 +184,11 @@ class Fleet:
                 if code not in (0, 2, 7, 11, -9):
                     self.problems.append(f"fp-server start: exit code {code}: {self.log(name)[-300:]}")
                 continue
-            if name == "export" and (code == 0 or (self.root / "out" / "adapter").exists()):
-                continue  # killed after the rename, it is whole: its bytes are compared
             full = code == StorageError.exit_code and "fail:ENOSPC" in str(self.case.faults.get(name))  # it has said so
-            if pid not in self.killed and code != -signal.SIGKILL and not full:  # nobody has killed it, and no fault either
+            struck = pid in self.killed or code == -signal.SIGKILL or full
+            if name == "export" and (code == 0 or (struck and (self.root / "out" / "adapter").exists())):
+                continue  # killed after the rename, it is whole: its bytes are compared
+            if not struck:  # nobody has killed it, and no fault either
                 self.problems.append(f"{name} ended by itself, exit code {code}: {self.log(name)[-400:]}")
                 if len(self.problems) > 5:
                     raise Hopeless

@@ -322,4 +322,4 @@ def test_every_mode_and_kind_of_unit(experiment: Experiment, fleet: Fleet, tmp_p
         if found["gradient"] == "streamed":
             assert found["fidelity"] is None, "it is what others are compared with"
         else:
-            assert abs(found["fidelity"]) <= 1 + 1e-6 and len(found["unit_fidelity"]) == len(found["units"])
+            assert 0 < abs(found["fidelity"]) <= 1 + 1e-6 and len(found["unit_fidelity"]) == len(found["units"])

@@ -162,6 +162,7 @@ def test_an_error_while_reading_ahead_reaches_the_caller(tmp_path: Path) -> None
         trainer.gradients(0, rows, 2, 5)
     trainer.close()
     assert readers() == []
+    assert all(parameter.is_meta for name, parameter in trainer.full.modules[3].named_parameters() if "lora_" not in name)
 
 
 @pytest.mark.parametrize("units", [LAYER_UNITS, COMPONENT_UNITS], ids=["layers", "components"])
@@ -204,6 +205,29 @@ def test_quantized_units_give_the_gradient_of_the_quantized_model_in_memory(tmp_
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert (one - other).norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("harm", ["flipped", "missing"])
+def test_a_quantized_layer_is_made_again_by_the_main_thread_alone(harm: str, tmp_path: Path) -> None:
+    """Quantizing beside a running layer would take more room than was planned."""
+    directory, rows = tiny.make("llama", tmp_path, hidden_size=64, intermediate_size=128), tiny.batch()
+    found, made = [], []
+    for harmed in (False, True):
+        loader = UnitLoader(Checkpoint(directory), "cpu", torch.float32, Quantization.NF4, tmp_path / "nf4", "0" * 64)
+        assert loader.store is not None
+        trainer = Streamed(loader, LAYER_UNITS, spec_of(directory), {}, StreamPlan(ahead=True), tmp_path / "spill")
+        if harmed:
+            path = loader.store.path(3)
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.unlink() if harm == "missing" else path.write_bytes(data)
+            build = loader.store.build
+            loader.store.build = lambda *what, build=build: (made.append(threading.current_thread()), build(*what))  # type: ignore
+        shake(trainer)
+        found.append(gradient(trainer, rows))
+        trainer.close()
+    assert made == [threading.main_thread()] and found[0][0] == found[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))
 
 
 @pytest.mark.parametrize("part", [Part.LAYER, Part.FFN], ids=["layers", "components"])
