@@ -106,7 +106,7 @@ class FakeSessions(session_pb2_grpc.SessionsServicer):
 
     async def next(self, kind: str, skip: tuple[str, ...] = ("progress",)) -> Any:
         """The next message that is not of `skip`; it must be of `kind`."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(180):  # a worker's answer may take that long on a busy machine
             while True:
                 message = await self.said.get()
                 body = message.WhichOneof("body")

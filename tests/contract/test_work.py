@@ -136,7 +136,7 @@ def test_a_round_on_real_weights_survives_a_killed_worker(home):
             assert failed.error == "WorkerError" and "out of memory" in failed.message
 
             await say(session_pb2.ServerMessage(assignment=serde.assignment_to_pb(task)))
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(180):
                 while not server.objects.accepted:  # noqa: ASYNC110  # the other side is a real worker
                     await asyncio.sleep(0.05)
             running.cancel()
