@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,16 @@ def summary(lines: list[dict[str, Any]], what: str, planned: int) -> str:
     return f"`{what}`: {len(lines)} of {planned} cases in {seconds / 60:.0f} minutes; " + ", ".join(parts) + "."
 
 
+HERE = re.compile(r"/\S*/fp-faults-[^/]+/case/")
+"""Where a federation was played."""
+
+
 def reasons(lines: list[dict[str, Any]]) -> list[str]:
     """Every outcome that was not the same bytes, and why."""
     return [
-        f"- {line['name']} ({'; '.join(line['happened'])}): {line['why']}" for line in lines if line["outcome"] != "identical"
+        f"- {line['name']} ({'; '.join(line['happened'])}): {HERE.sub('', line['why'])}"
+        for line in lines
+        if line["outcome"] != "identical"
     ]
 
 
