@@ -49,8 +49,8 @@ class Fleet:
         """Start the server, a device, the operator's command or the export."""
         at = self.root / ("server" if name in ("operator", "export") else name)
         environment = armed(self.root, name, self.case.faults.get(name, []), self.case.trace)
-        if name == self.case.power:
-            environment |= shadow.environment(self.disk(name), self.root / "shadow")
+        if name == self.case.power or (self.case.power == "server" and at.name == "server"):  # the export closes the log, too
+            environment |= shadow.environment(self.disk(self.case.power), self.root / "shadow")
 
         def disturbed() -> None:
             disturb.install(self.root / "marks" / name)

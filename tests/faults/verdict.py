@@ -25,6 +25,8 @@ def inspect(server: Path, adapter: Path) -> dict[str, Any]:
             if not store.has(digest) or digest_file(store.path(digest)) != digest
         ]
         accepted = Counter(f"{x.key.round}/{x.key.attempt}/{x.device}" for x in events if isinstance(x, e.UpdateAccepted))
+        for lost in (x for x in events if isinstance(x, e.UpdatesLost)):  # damaged on the disk: asked for and accepted again
+            accepted.subtract(f"{lost.key.round}/{lost.key.attempt}/{device}" for device in lost.lost)
         return {
             "state": machine.phase.value,
             "ledger": {str(layer): ref.digest for layer, ref in sorted(machine.ledger.items())},
