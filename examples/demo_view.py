@@ -172,7 +172,7 @@ def report(status: Status) -> RenderableType:
     """The rounds, as a table for a person, and what to make of them."""
     parts: list[RenderableType] = []
     known = losses(status)
-    trained = [r for r in status["history"] if not r["evaluation"] and r["committed"]]
+    trained = _trained(status)
     for entry in trained:
         before = known.get(entry["rounds_done"])
         probes = [member["probe_peak_bytes"] for member in entry["devices"].values() if "probe_peak_bytes" in member]
@@ -189,9 +189,19 @@ def report(status: Status) -> RenderableType:
 
 def learned(status: Status) -> bool:
     """Whether the full model's held-out loss fell, over the same devices before the first round and after the last."""
-    trained, known = [r for r in status["history"] if not r["evaluation"] and r["committed"]], losses(status)
+    both = _ends(_trained(status), losses(status))
+    return both is not None and both[1].loss < both[0].loss - STILL
+
+
+def _trained(status: Status) -> list[Mapping[str, Any]]:
+    """The committed rounds."""
+    return [r for r in status["history"] if not r["evaluation"] and r["committed"]]
+
+
+def _ends(trained: list[Mapping[str, Any]], known: Mapping[int, Measured]) -> tuple[Measured, Measured] | None:
+    """The held-out loss before the first round and after the last, where the same devices have measured both."""
     before, after = known.get(0), known.get(trained[-1]["round"]) if trained else None
-    return before is not None and after is not None and before.devices == after.devices and after.loss < before.loss - STILL
+    return None if before is None or after is None or before.devices != after.devices else (before, after)
 
 
 def _by_budget(entry: Mapping[str, Any], status: Status) -> list[tuple[str, Mapping[str, Any]]]:
@@ -243,10 +253,10 @@ def _verdict(trained: list[Mapping[str, Any]], known: Mapping[int, Measured]) ->
         f"Within a round the training loss went from {first:.2f} at the first step to {last:.2f} at the last, on "
         "average; each is one batch, so a few tenths are noise. "
     )
-    before, after = known.get(0), known.get(trained[-1]["round"])
-    if before is None or after is None or before.devices != after.devices:
+    if (both := _ends(trained, known)) is None:
         text.append("The full model's held-out loss was not measured by the same devices, so nothing is said of it.")
         return text
+    before, after = both
     change = after.loss - before.loss
     word = "improved" if change < -STILL else "got worse" if change > STILL else "hardly moved"
     text.append(f"The full model's held-out loss {word}: {before.loss:.4f} → {after.loss:.4f} ({change:+.4f})", style="bold")

@@ -92,10 +92,9 @@ def _write(fresh: Path, section: DataSection, window: int, tokenizer: Any) -> No
     for place in order:
         if len(held) == section.held_out:
             break
-        rows, index = opened[place[0]], place[1]
-        if isinstance(encode(rows.read(index), tokenizer, window), Encoded):
-            held.setdefault(rows.digests[index], place)
-    rest = [place for place in order if opened[place[0]].digests[place[1]] not in held]
+        if _fits(place, opened, window, tokenizer):
+            held.setdefault(_digest(place, opened), place)
+    rest = [place for place in order if _digest(place, opened) not in held]
     if len(held) < section.held_out or len(rest) < section.devices * section.rows_per_device:
         raise DataError(
             f"{', '.join(section.sources)}: {len(places)} examples are too few for {section.held_out} held-out rows of at most "
@@ -107,22 +106,25 @@ def _write(fresh: Path, section: DataSection, window: int, tokenizer: Any) -> No
     (fresh / "partition.json").write_text(json.dumps(_stamp(section, window)) + "\n")
 
 
+def _digest(place: Place, opened: Sequence[Rows]) -> bytes:
+    return opened[place[0]].digests[place[1]]
+
+
+def _fits(place: Place, opened: Sequence[Rows], window: int, tokenizer: Any) -> bool:
+    """Whether a row's response fits the window."""
+    return isinstance(encode(opened[place[0]].read(place[1]), tokenizer, window), Encoded)
+
+
 def _usable(name: str, dealt: Sequence[Place], opened: Sequence[Rows], window: int, tokenizer: Any) -> list[Place]:
     """Without the rows that a device would hold out and can't use: it holds out the one of smallest digest, and needs it.
 
     Raises DataError when too few rows fit the window.
     """
-
-    def digest(place: Place) -> bytes:
-        return opened[place[0]].digests[place[1]]
-
-    def fits(place: Place) -> bool:
-        return isinstance(encode(opened[place[0]].read(place[1]), tokenizer, window), Encoded)
-
-    order = sorted(dealt, key=digest)
+    order = sorted(dealt, key=lambda place: _digest(place, opened))
     for count, place in enumerate(order):
-        if fits(place):
-            if any(digest(other) != digest(place) and fits(other) for other in order[count + 1 :]):
+        if _fits(place, opened, window, tokenizer):
+            others = (other for other in order[count + 1 :] if _digest(other, opened) != _digest(place, opened))
+            if any(_fits(other, opened, window, tokenizer) for other in others):
                 return order[count:]
             break
     raise DataError(

@@ -47,16 +47,26 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def read_endpoint(directory: Path) -> Endpoint:
-    """Where the server of a directory listens, or last listened. Raises ConfigError."""
+def _written(directory: Path) -> Endpoint | None:
+    """What a running server wrote; None where it is missing or damaged."""
     try:
         return Endpoint(**json.loads((directory / FILE).read_text()))
-    except (OSError, ValueError, TypeError):  # it never ran, or not to the end of its start
-        from common import config as configuration
-        from fp_server.config import ServerConfig
+    except (OSError, ValueError, TypeError):
+        return None
 
-        config = configuration.load(directory / "server.toml", ServerConfig)
-        return Endpoint(config.port, config.enroll_port, local_host(config.listen))
+
+def read_endpoint(directory: Path) -> Endpoint:
+    """Where the server of a directory listens, or last listened. Raises ConfigError.
+
+    server.toml is read only where the server never ran, or not to the end of its start.
+    """
+    if (at := _written(directory)) is not None:
+        return at
+    from common import config as configuration
+    from fp_server.config import ServerConfig
+
+    config = configuration.load(directory / "server.toml", ServerConfig)
+    return Endpoint(config.port, config.enroll_port, local_host(config.listen))
 
 
 def check(directory: Path, timeout: float = TIMEOUT) -> Endpoint:
@@ -64,10 +74,8 @@ def check(directory: Path, timeout: float = TIMEOUT) -> Endpoint:
 
     The main port is asked with the operator's certificate, the enrollment port with none, as who joins asks it.
     """
-    try:
-        at = Endpoint(**json.loads((directory / FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        raise ConfigError(f"{directory / FILE}: missing or damaged; `fp-server run --dir {directory}` writes it") from None
+    if (at := _written(directory)) is None:
+        raise ConfigError(f"{directory / FILE}: missing or damaged; `fp-server run --dir {directory}` writes it")
     _ask(host_port(at.host, at.port), client_credentials(directory, "operator"), timeout)
     _ask(host_port(at.host, at.enroll_port), grpc.ssl_channel_credentials((directory / "ca.pem").read_bytes()), timeout)
     return at
