@@ -5,9 +5,10 @@
 A real `fp-server` process with the product's defaults; the devices are sessions without torch in this process, each with a
 certificate, a channel and a stream of its own, that speak the real protocol: plan, probe, assignment, update (2 MiB) over mTLS.
 Rounds follow each other without a pause. Every 2 s the server's resident memory, descriptors and CPU time are read and appended
-to --out. How late a command is: from the moment its event was made (its time in the log, before it is committed) until the
-device has decoded it. Exit code 1 when a device saw an error, memory or descriptors grew, or the 99th percentile was over a
-second.
+to --out. Growth is that of each minute's least value, after a warm-up in which every device has been in about three rounds: what
+is above it is rounds at work. How late a command is: from the moment its event was made (its time in the log, before it is
+committed) until the device has decoded it. Exit code 1 when a device saw an error, memory or descriptors grew, or the 99th
+percentile was over a second.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import resource
 import statistics
 import sys
@@ -53,6 +55,8 @@ MANIFEST = ModelManifest(
 """8 of 24 layers with four modules of 512 x 512 at rank 16: an update of 2 MiB."""
 EVERY = 2.0
 """Seconds between looks at the server."""
+OVER = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
+"""How a fetch and a push end whose task is over."""
 SLOPE = 1.0
 """MiB in ten minutes that resident memory may grow by."""
 
@@ -68,6 +72,13 @@ class Seen:
     pushed: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    stopping: bool = False
+    """The run is being stopped: a device that is just fetching or pushing is told that its task is over."""
+
+    def failed(self, device: str, error: grpc.aio.AioRpcError) -> None:
+        """Note an error, unless it says that the task is over and the run is being stopped."""
+        if not (self.stopping and error.code() in OVER):
+            self.errors.append(f"{device}: {error.code().name}: {error.details()}")
 
 
 class LoadDevice:
@@ -93,7 +104,7 @@ class LoadDevice:
                         return
                     await self._answer(channel, call, message)
         except grpc.aio.AioRpcError as error:
-            self.seen.errors.append(f"{self.name}: {error.code().name}: {error.details()}")
+            self.seen.failed(self.name, error)
         finally:
             if self._pushing is not None:
                 self._pushing.cancel()
@@ -138,7 +149,7 @@ class LoadDevice:
             self.seen.pushed += 1
             self.seen.bytes_up += len(data)
         except grpc.aio.AioRpcError as error:
-            self.seen.errors.append(f"{self.name}: push: {error.code().name}: {error.details()}")
+            self.seen.failed(f"{self.name}: push", error)
 
     def _update(self, assignment: Assignment) -> bytes:
         """Random factors: a window of the pool that no other device has in this round."""
@@ -161,10 +172,20 @@ def look(process: psutil.Process, begin: float, seen: Seen) -> dict[str, Any]:
         }  # fmt: skip
 
 
+def floor(samples: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Each minute's sample with the least value."""
+    minutes: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        minute = int(sample["at"] // 60)
+        if minute not in minutes or sample[key] < minutes[minute][key]:
+            minutes[minute] = sample
+    return list(minutes.values())
+
+
 def slope(samples: list[dict[str, Any]], key: str) -> float:
-    """Least-squares growth of a sampled value, in ten minutes."""
+    """Least-squares growth of a sampled value, in ten minutes; nan of fewer than three samples."""
     if len(samples) < 3:
-        return 0.0
+        return math.nan
     return statistics.linear_regression([s["at"] for s in samples], [s[key] for s in samples]).slope * 600
 
 
@@ -218,6 +239,7 @@ async def drive(given: argparse.Namespace, server: Server, names: list[str], con
                 done = seen.pushed // given.per_round
                 bar.update(shown, completed=spent, description=f"{done} rounds, {samples[-1]['rss'] / 2**20:.0f} MiB")
         rounds = (await server.status(run, last_rounds=1))["rounds_done"]
+        seen.stopping = True
         async with server.admin() as admin:
             from common.pb import admin_pb2
 
@@ -231,9 +253,11 @@ async def drive(given: argparse.Namespace, server: Server, names: list[str], con
     return {
         "devices": given.devices, "per_round": given.per_round, "minutes": round(spent / 60, 1), "rounds": rounds,
         "updates": seen.pushed, "up_mib": seen.bytes_up >> 20, "down_mib": seen.bytes_down >> 20, "errors": seen.errors[:20],
-        "rss_mib": [round(s["rss"] / 2**20, 1) for s in settled[:: max(1, len(settled) // 10)]],
-        "rss_slope_mib_10min": round(slope(settled, "rss") / 2**20, 3),
-        "fds": [min(fds), max(fds)], "fds_slope_10min": round(slope(settled, "fds"), 2),
+        "rss_floor_mib": [round(s["rss"] / 2**20, 1) for s in floor(settled, "rss")],
+        "rss_max_mib": round(max(s["rss"] for s in samples) / 2**20, 1),
+        "rss_slope_mib_10min": round(slope(floor(settled, "rss"), "rss") / 2**20, 3),
+        "rss_slope_of_all_mib_10min": round(slope(settled, "rss") / 2**20, 3),
+        "fds": [min(fds), max(fds)], "fds_slope_10min": round(slope(floor(settled, "fds"), "fds"), 2),
         "threads": max(s["threads"] for s in samples), "cpu_share": round((samples[-1]["cpu"] - samples[0]["cpu"]) / spent, 2),
         "commands": len(late), "late_p50": round(late[len(late) // 2], 3) if late else None,
         "late_p99": round(late[int(len(late) * 0.99)], 3) if late else None, "late_max": round(late[-1], 3) if late else None,
@@ -247,7 +271,7 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=1000)
     parser.add_argument("--per-round", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--warm-up", type=float, default=5.0, help="minutes that do not count for growth")
+    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes that do not count for growth")
     parser.add_argument("--joins", type=float, default=50.0, help="new connections a second at the start")
     parser.add_argument("--out", type=Path, default=Path("load.jsonl"), help="a sample a line, as they come")
     given = parser.parse_args()

@@ -36,6 +36,7 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.max_concurrent_streams", 64),
     ("grpc.so_reuseport", 0),
+    ("grpc.experimental.tcp_max_read_buffer_size", 64 << 10),  # kept for as long as a connection: it grew to 250 KiB and more
 ]
 
 T = TypeVar("T")
