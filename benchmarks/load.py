@@ -75,10 +75,13 @@ class Seen:
     stopping: bool = False
     """The run is being stopped: a device that is just fetching or pushing is told that its task is over."""
 
-    def failed(self, device: str, error: grpc.aio.AioRpcError) -> None:
+    def failed(self, device: str, error: Exception) -> None:
         """Note an error, unless it says that the task is over and the run is being stopped."""
-        if not (self.stopping and error.code() in OVER):
-            self.errors.append(f"{device}: {error.code().name}: {error.details()}")
+        if isinstance(error, grpc.aio.AioRpcError):
+            if not (self.stopping and error.code() in OVER):
+                self.errors.append(f"{device}: {error.code().name}: {error.details()}")
+        else:
+            self.errors.append(f"{device}: {type(error).__name__}: {error}")
 
 
 class LoadDevice:
@@ -86,7 +89,7 @@ class LoadDevice:
 
     def __init__(self, server: Server, name: str, pool: np.ndarray[Any, np.dtype[np.float32]], seen: Seen, clock: Any) -> None:
         self.server, self.name, self.pool, self.seen, self.clock = server, name, pool, seen, clock
-        self._pushing: asyncio.Task[None] | None = None
+        self._pushes: set[asyncio.Task[None]] = set()
         self._had: set[str] = set()
 
     async def live(self, pause: float) -> None:
@@ -103,11 +106,11 @@ class LoadDevice:
                     if message.WhichOneof("body") == "ended":
                         return
                     await self._answer(channel, call, message)
-        except grpc.aio.AioRpcError as error:
+        except Exception as error:
             self.seen.failed(self.name, error)
         finally:
-            if self._pushing is not None:
-                self._pushing.cancel()
+            for pushing in self._pushes:
+                pushing.cancel()
 
     async def _answer(self, channel: grpc.aio.Channel, call: Any, message: session_pb2.ServerMessage) -> None:
         match message.WhichOneof("body"):
@@ -128,7 +131,11 @@ class LoadDevice:
             case "assignment":
                 assignment = serde.assignment_from_pb(message.assignment)
                 self._note("assignment", assignment)
-                self._pushing = asyncio.create_task(self._push(channel, assignment))
+                pushing = asyncio.create_task(self._push(channel, assignment))
+                self._pushes.add(pushing)
+                pushing.add_done_callback(self._pushes.discard)
+            case other:  # a cancelled task: no device here is ever late
+                raise AssertionError(f"the server said {other}: {str(message)[:300]}")
 
     def _note(self, command: str, task: ProbeTask | Assignment) -> None:
         self.seen.late[command, self.name, task.key.round, task.key.attempt] = self.clock()
@@ -148,7 +155,7 @@ class LoadDevice:
             await stub.Push(pieces())
             self.seen.pushed += 1
             self.seen.bytes_up += len(data)
-        except grpc.aio.AioRpcError as error:
+        except Exception as error:
             self.seen.failed(f"{self.name}: push", error)
 
     def _update(self, assignment: Assignment) -> bytes:
@@ -189,22 +196,34 @@ def slope(samples: list[dict[str, Any]], key: str) -> float:
     return statistics.linear_regression([s["at"] for s in samples], [s[key] for s in samples]).slope * 600
 
 
-def lateness(server: Server, run: str, seen: Seen) -> list[float]:
-    """Seconds from each command's event to its device, for all commands that a device got in its first session."""
+def lateness(server: Server, run: str, seen: Seen) -> tuple[list[float], list[str]]:
+    """Seconds from each command's event to its device, and what should not have been.
+
+    That is: commands of closed rounds that never came to their device, devices that were out of a round, further attempts, rounds
+    that were closed for another reason than the usual.
+    """
     database = Database(server.directory / "log.sqlite")
-    found: list[float] = []
+    issued: dict[tuple[str, str, int, int], float] = {}
+    closed: set[tuple[int, int]] = set()
+    wrong: list[str] = []
     try:
         for at, event in EventLog(database).replay(run):
-            if isinstance(event, e.RoundOpened):
-                keys = [("probe", device, event.key.round, event.key.attempt) for device in event.drawn]
-            elif isinstance(event, e.Assigned):
-                keys = [("assignment", event.device, event.key.round, event.key.attempt)]
-            else:
-                continue
-            found += [seen.late[key] - at for key in keys if key in seen.late]
+            match event:
+                case e.RoundOpened():
+                    issued |= {("probe", device, event.key.round, event.key.attempt): at for device in event.drawn}
+                    wrong += [f"{event.key} is another attempt"] if event.failed else []
+                case e.Assigned():
+                    issued["assignment", event.device, event.key.round, event.key.attempt] = at
+                case e.DeviceDropped():
+                    wrong.append(f"{event.device} is out of {event.key}: {event.message}")
+                case e.RoundClosed():
+                    closed.add((event.key.round, event.key.attempt))
+                    if event.reason != "every drawn device has delivered or dropped out":
+                        wrong.append(f"{event.key} was closed: {event.reason}")
     finally:
         database.close()
-    return found
+    wrong += [f"{key} never came" for key in issued if key[2:] in closed and key not in seen.late]
+    return [seen.late[key] - at for key, at in issued.items() if key in seen.late], wrong
 
 
 async def drive(given: argparse.Namespace, server: Server, names: list[str], console: Console) -> dict[str, Any]:
@@ -248,7 +267,10 @@ async def drive(given: argparse.Namespace, server: Server, names: list[str], con
     for task in living:
         task.cancel()
     settled = [s for s in samples if s["at"] - samples[0]["at"] > given.warm_up * 60] or samples
-    late, spent = sorted(lateness(server, run, seen)), samples[-1]["at"] - samples[0]["at"]
+    late, wrong = lateness(server, run, seen)
+    late.sort()
+    spent = samples[-1]["at"] - samples[0]["at"]
+    seen.errors += wrong
     fds = [s["fds"] for s in settled]
     return {
         "devices": given.devices, "per_round": given.per_round, "minutes": round(spent / 60, 1), "rounds": rounds,
@@ -295,7 +317,7 @@ def main() -> int:
     for name, value in found.items():
         table.add_row(name, str(value))
     console.print(table)
-    flat = found["rss_slope_mib_10min"] < SLOPE and found["fds_slope_10min"] < 1
+    flat = found["rounds"] > 0 and found["rss_slope_mib_10min"] < SLOPE and found["fds_slope_10min"] < 1
     return 0 if flat and not found["errors"] and (found["late_p99"] or 9.9) < 1.0 else 1
 
 
