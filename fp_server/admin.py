@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from common.checkpoint import dump_manifest, manifest_from_json
 from common.errors import ConfigError, IdentityError, UnreachableError
@@ -14,7 +15,7 @@ from common.pb import admin_pb2, admin_pb2_grpc, enroll_pb2, enroll_pb2_grpc, ty
 from common.transport import serde
 from common.transport.tls import ROLES
 from common.transport.wire import CHUNK, errors_to_status
-from fp_server import operations
+from fp_server import audit, operations
 from fp_server.access import Access, Context
 from fp_server.audit import Actor, Row, address
 from fp_server.coordinator import STOPPING, Coordinator
@@ -85,6 +86,8 @@ class Admin(admin_pb2_grpc.AdminServicer):
     def __init__(self, coordinator: Coordinator, access: Access, enroll: str, server: str) -> None:
         self._coordinator, self._access, self._authority = coordinator, access, access.authority
         self._enroll, self._server = enroll, server
+        self._summaries: dict[str, dict[str, Any]] = {}
+        """A line for each ended run: it never changes."""
 
     async def StartRun(self, request: admin_pb2.StartRunRequest, context: Context) -> admin_pb2.StartRunReply:  # noqa: N802
         """Start a run."""
@@ -107,9 +110,17 @@ class Admin(admin_pb2_grpc.AdminServicer):
         """All runs, newest first."""
         async with errors_to_status(context):
             self._operator(context, "ListRuns")
-            runs = [run_summary(self._coordinator.run(name)) for name in reversed(self._coordinator.names)]
+            runs = [await self._summary(name) for name in reversed(self._coordinator.names)]
             return admin_pb2.ListRunsReply(json=json.dumps(runs))
         raise AssertionError("unreachable")
+
+    async def _summary(self, name: str) -> dict[str, Any]:
+        if (made := self._summaries.get(name)) is None:
+            machine = await self._coordinator.look_up(name)
+            made = run_summary(machine)
+            if machine.ended is not None:
+                self._summaries[name] = made
+        return made
 
     def _operator(self, context: Context, what: str) -> Actor:
         return self._access.actor(context, self._access.caller(context, what, "operator"))
@@ -133,12 +144,16 @@ class Admin(admin_pb2_grpc.AdminServicer):
         """One run, now."""
         async with errors_to_status(context):
             self._operator(context, "GetStatus")
+            if self._coordinator.names:
+                await self._coordinator.look_up(request.run)
             return self._status(request, await self._older(request))
         raise AssertionError("unreachable")
 
     async def WatchStatus(self, request: admin_pb2.StatusRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """The same, again whenever something changes (at most twice a second)."""
         async with errors_to_status(context), self._access.admitted(context, "WatchStatus", "operator"):
+            if self._coordinator.names:
+                await self._coordinator.look_up(request.run)
             last = b""
             while not self._coordinator.draining:
                 now = self._status(request)
@@ -180,7 +195,10 @@ class Admin(admin_pb2_grpc.AdminServicer):
     async def ReadLedger(self, request: admin_pb2.LedgerRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """A run's ledger as it is now: the files are opened at once, so that a round that commits meanwhile changes nothing."""
         async with errors_to_status(context), self._access.admitted(context, "ReadLedger", "operator"):
-            machine, store = self._coordinator.run(request.run), self._coordinator.store
+            actor = self._operator(context, "ReadLedger")
+            machine, store = await self._coordinator.look_up(request.run), self._coordinator.store
+            entry = audit.Entry(actor, "read ledger", f"run {machine.name}")
+            await asyncio.to_thread(self._coordinator.log.enter, lambda c: audit.append(c, entry))
             ledger = sorted(machine.ledger.items())
             head = admin_pb2.LedgerHead(
                 run=machine.name, model=machine.config.model.name, manifest=dump_manifest(machine.manifest),

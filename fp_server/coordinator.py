@@ -12,14 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from common.errors import (
-    FedPrunerError,
-    InUseError,
-    NotFound,
-    StorageError,
-    TooLate,
-    UnreachableError,
-)
+from common.bucket import Buckets
+from common.errors import FedPrunerError, InUseError, NotFound, StorageError, TooLate, UnreachableError
 from common.faults import fault
 from fp_server import damage, folding
 from fp_server import events as e
@@ -52,7 +46,9 @@ logger = logging.getLogger("fp_server")
 
 TICK = 0.5
 """Seconds between looks at the clock."""
-_FREEING = (e.RoundCommitted, e.RoundClosed, e.UpdatesReviewed, e.RunEnded)
+PLANS, PLANS_AT_ONCE = 30.0, 20.0
+"""Seconds between plans of one device that differ, each an event in the log, and how many at once."""
+_FREEING = (e.RoundCommitted, e.RoundClosed, e.UpdatesReviewed, e.RunEnded, e.DeviceDropped)
 """Events after which objects may be needed no more."""
 STOPPING = "the server is stopping; try again later"
 KEPT = 16
@@ -74,6 +70,7 @@ class Coordinator:
         self.names: list[str] = []
         self.sessions: dict[str, Session] = {}
         self.complaints = Complaints()
+        self.new_plans = Buckets(1 / PLANS, PLANS_AT_ONCE)
         self._problems: dict[str, str] = {}
         self.changed = asyncio.Condition()
         self.lock = asyncio.Lock()
@@ -135,12 +132,22 @@ class Coordinator:
         name = name or (self.active.name if self.active is not None else self.names[-1])
         if self.active is not None and self.active.name == name:
             return self.active
-        if name not in self._ended:  # an ended run never changes; a watched one is asked for twice a second
-            machine = self.fold(name)
+        return self._ended[name] if name in self._ended else self._keep(self.fold(name))
+
+    async def look_up(self, name: str) -> RunMachine:
+        """`run`, with the log read in a thread of its own where memory doesn't have it: nobody waits for the loop meanwhile."""
+        name = name or (self.names[-1] if self.active is None and self.names else "")
+        if not name or name in self._ended or (self.active is not None and self.active.name == name):
+            return self.run(name)
+        return self._keep(await asyncio.to_thread(self.fold, name))
+
+    def _keep(self, machine: RunMachine) -> RunMachine:
+        """An ended run never changes; a watched one is asked for twice a second."""
+        if machine.ended is not None:
             while len(self._ended) >= KEPT:
                 del self._ended[next(iter(self._ended))]
-            self._ended[name] = machine
-        return self._ended[name]
+            self._ended[machine.name] = machine
+        return machine
 
     async def _tick(self) -> None:
         while True:
@@ -189,6 +196,8 @@ class Coordinator:
         try:
             while pending:
                 item, now = pending.popleft(), self.clock()
+                if "log" in self._problems:  # whatever devices said meanwhile could not be written either
+                    machine.pardon(now)
                 if isinstance(item, e.Event):
                     if item.run != machine.name:
                         return
@@ -207,7 +216,7 @@ class Coordinator:
                     fault("server.machine.handled", type(item).__name__)
                 if machine.ended is not None:
                     self.keeper.kept |= machine.references()
-                if isinstance(item, (*_FREEING, e.DeviceDropped)):
+                if isinstance(item, _FREEING):
                     self.keeper.clear_arrivals()
                 if before:
                     self.background.spawn(self.keeper.free(before, machine))
@@ -223,6 +232,8 @@ class Coordinator:
                 self._do(machine, command)
             if machine.ended is not None:
                 self.active = None
+                for source in set(self._problems) - {"log"}:  # the others were of its objects
+                    self.note(source)
             if not isinstance(happening, Tick) or effects:
                 await self.announce()
 
@@ -260,6 +271,10 @@ class Coordinator:
         await self.insist(event)
 
     async def _aggregate(self, machine: RunMachine, command: Review | Aggregate) -> None:
+        with self.keeper.making():
+            await self._aggregated(machine, command)
+
+    async def _aggregated(self, machine: RunMachine, command: Review | Aggregate) -> None:
         delay = 1.0
         while machine.ended is None and not self.draining:
             problem = f"round {command.key.round + 1} of {machine.name!r} can't be aggregated, trying again: "

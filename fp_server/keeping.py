@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,41 @@ class Keeper:
         self.store, self._log, self._background, self._active, self._note = store, log, background, active, note
         self.kept: frozenset[str] = frozenset()
         """The ledgers and adapters of all ended runs."""
+        self._held: Counter[str] = Counter()
+        self._making = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         store.quarantined = self._quarantined
 
     def wanted(self) -> tuple[frozenset[str], frozenset[str]]:
         """The objects that any run needs, and the devices that are expected to push."""
+        kept = self.kept.union(self._held)
         if (machine := self._active()) is None:
-            return self.kept, frozenset()
+            return kept, frozenset()
         arriving = frozenset(d for d in machine.plans if isinstance(machine.task(d), SendAssignment))
-        return self.kept | machine.references(), arriving
+        return kept | machine.references(), arriving
+
+    @contextlib.contextmanager
+    def held(self, digest: str) -> Iterator[None]:
+        """In here an object is adopted before the event that refers to it is in the log: it stays, however long that takes."""
+        self._held[digest] += 1
+        try:
+            yield
+        finally:
+            self._held[digest] -= 1
+            self._held = +self._held
+
+    @contextlib.contextmanager
+    def making(self) -> Iterator[None]:
+        """The same for objects whose digests nobody knows yet: nothing is collected meanwhile."""
+        self._making += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._making -= 1
+            if not self._making:
+                self._idle.set()
 
     def sweep(self) -> None:
         """At a start: remove what a crash left behind, and what older versions never removed."""
@@ -54,9 +83,10 @@ class Keeper:
         """The same while it works, of what is old enough: what a failed removal or a broken-off push has left."""
         while True:
             await asyncio.sleep(COLLECT)
-            wanted, arriving = self.wanted()
+            await self._idle.wait()
+            (wanted, arriving), before = self.wanted(), time.monotonic() - COLLECT
             try:
-                removed = await self._background.heavy(self.store.sweep, wanted, arriving, COLLECT)
+                removed = await self._background.heavy(self.store.sweep, wanted, arriving, before)
             except OSError as error:
                 logger.warning("objects that nothing refers to can't be removed: %s", error)
             else:
@@ -70,7 +100,7 @@ class Keeper:
 
     def free(self, before: frozenset[str], machine: RunMachine) -> Coroutine[Any, Any, None]:
         """Remove what was referred to `before` and isn't now, by any run. The event is durable: nothing will ask for it again."""
-        return self._discard(before - machine.references() - self.kept, self.store.mark)
+        return self._discard(before - machine.references() - self.kept - self._held.keys(), self.store.mark)
 
     def clear_arrivals(self) -> None:
         """What has come in part and can't count any more must not take the disk of what can."""

@@ -63,6 +63,7 @@ class ObjectStore:
     def clear_scratch(self) -> None:
         """Remove what an interrupted aggregation left; for the one server of the directory only."""
         for leftover in self.scratch.iterdir():
+            fault("server.sweep.scratch")
             leftover.unlink()
 
     def path(self, digest: str) -> Path:
@@ -108,7 +109,9 @@ class ObjectStore:
             self.quarantine.mkdir(exist_ok=True)
             taken = {other.name for other in self.quarantine.iterdir()}
             name = next(n for n in (digest, *(f"{digest}.{i}" for i in range(1, len(taken) + 2))) if n not in taken)
+            fault("server.quarantine.before")
             path.replace(self.quarantine / name)
+            fault("server.quarantine.moved")
             sync_directory(path.parent)
         except OSError as error:
             raise storage_error(path, error) from None
@@ -124,10 +127,10 @@ class ObjectStore:
                 found[path.name] = path.stat().st_size
         return found
 
-    def adopt(self, source: Path, digest: str | None = None) -> ObjectRef:
+    def adopt(self, source: Path, digest: str | None = None, kind: str = "update") -> ObjectRef:
         """Move a finished file into the store; durable when this returns.
 
-        `digest` is trusted when given: the caller has just computed it from these bytes.
+        `digest` is trusted when given: the caller has just computed it from these bytes. `kind`: update, ledger or broadcast.
         """
         try:
             digest = digest or digest_file(source)
@@ -136,7 +139,7 @@ class ObjectStore:
         with self._changing:
             self._count += 1
             self._adoptions[digest] = self._count, time.monotonic()
-            return self._adopt(source, digest)
+            return self._adopt(source, digest, kind)
 
     @property
     def mark(self) -> int:
@@ -152,19 +155,21 @@ class ObjectStore:
                     fault("server.object.discard")
                     (self._objects / digest[:2] / digest).unlink(missing_ok=True)
 
-    def sweep(self, wanted: Collection[str], arriving: Collection[str], older_than: float = 0.0) -> int:
+    def sweep(self, wanted: Collection[str], arriving: Collection[str], before: float | None = None) -> int:
         """Remove all objects but `wanted`, and what came in part from devices not in `arriving`; how many objects.
 
-        `older_than`: seconds. While a server works, an object may be there a moment before the event that refers to it.
+        `before`: of the monotonic clock, by default now; what was adopted later stays. It must be no later than the moment at
+        which `wanted` was known: this may have waited for its thread, and events have come meanwhile that refer to other objects.
         """
-        removed, before = 0, time.monotonic() - older_than
+        before, removed = time.monotonic() if before is None else before, 0
         for path in self._objects.glob("??/*"):
             with self._changing:
                 if path.name not in wanted and self._adoptions.get(path.name, (0, 0.0))[1] <= before:
+                    fault("server.sweep.object")
                     path.unlink(missing_ok=True)
                     self._adoptions.pop(path.name, None)
                     removed += 1
-        self.sweep_arrivals(arriving, time.time() - older_than)
+        self.sweep_arrivals(arriving, time.time() - (time.monotonic() - before))
         return removed
 
     def sweep_arrivals(self, arriving: Collection[str], before: float) -> None:
@@ -174,9 +179,10 @@ class ObjectStore:
                 for path in directory.iterdir():
                     with contextlib.suppress(FileNotFoundError):
                         if path.stat().st_mtime <= before:
+                            fault("server.sweep.arrival")
                             path.unlink()
 
-    def _adopt(self, source: Path, digest: str) -> ObjectRef:
+    def _adopt(self, source: Path, digest: str, kind: str) -> ObjectRef:
         try:
             size = source.stat().st_size
             target = self._objects / digest[:2] / digest
@@ -191,15 +197,15 @@ class ObjectStore:
                 sync_directory(target.parent)  # whoever moved it there may have been killed before this
                 source.unlink()
                 return ObjectRef(digest, size)
-            fault("server.object.finished")
+            fault("server.object.finished", kind)
             with source.open("rb") as file:
                 os.fsync(file.fileno())
-            fault("server.object.synced")
+            fault("server.object.synced", kind)
             source.replace(target)
-            fault("server.object.renamed")
+            fault("server.object.renamed", kind)
             target.chmod(0o444)
             sync_directory(target.parent)
-            fault("server.object.stored")
+            fault("server.object.stored", kind)
         except OSError as error:
             raise storage_error(source, error) from None
         return ObjectRef(digest, size)
@@ -240,6 +246,7 @@ class Arrival:
             raise storage_error(directory, error) from None
         self._file: FileIO | None = None
         self._hash = hashlib.sha256()
+        self._using = threading.Lock()  # a push that was broken off is closed while a thread may still be writing for it
 
     @property
     def offset(self) -> int:
@@ -262,27 +269,30 @@ class Arrival:
 
     def write(self, data: bytes) -> None:
         """Append. Raises DigestError when more arrives than was announced, StorageError when the disk is full."""
-        assert self._file is not None
-        if self._file.tell() + len(data) > self.ref.size:
-            raise DigestError(f"the push holds more than the {self.ref.size} bytes it announced")
-        try:
-            fault("server.object.arriving")
-            view = memoryview(data)
-            while view:
-                view = view[self._file.write(view) :]
-            fault("server.object.arrived")
-        except OSError as error:
-            raise storage_error(self.path, error) from None
-        self._hash.update(data)
+        with self._using:
+            if self._file is None:
+                raise DigestError("the push is over")
+            if self._file.tell() + len(data) > self.ref.size:
+                raise DigestError(f"the push holds more than the {self.ref.size} bytes it announced")
+            try:
+                fault("server.object.arriving")
+                view = memoryview(data)
+                while view:
+                    view = view[self._file.write(view) :]
+                fault("server.object.arrived")
+            except OSError as error:
+                raise storage_error(self.path, error) from None
+            self._hash.update(data)
 
     def close(self) -> None:
         """Keep what has arrived for a later push."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            try:
-                file.close()
-            except OSError as error:
-                raise storage_error(self.path, error) from None
+        with self._using:
+            if self._file is not None:
+                file, self._file = self._file, None
+                try:
+                    file.close()
+                except OSError as error:
+                    raise storage_error(self.path, error) from None
 
     def finish(self) -> Path:
         """All has arrived: the file, checked. Raises DigestError (and drops it) when its digest is wrong,

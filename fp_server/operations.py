@@ -13,8 +13,8 @@ from fp_server.coordinator import Coordinator
 from fp_server.limits import RUN_FILE
 from fp_server.log import Also
 from fp_server.narrate import tell
-from fp_server.reports import reject
-from fp_server.rounds import RunMachine
+from fp_server.rounds import REVOKED, RunMachine
+from fp_server.roundstate import Stage
 from fp_server.work import parse_run, run_started
 
 
@@ -70,10 +70,13 @@ async def control(coordinator: Coordinator, run: str, action: str, actor: Actor 
 
 
 async def kick(coordinator: Coordinator, name: str) -> None:
-    """Hang up a device's session (its certificate was revoked); the round goes on without it."""
+    """Hang up a device's session (its certificate was revoked); the round goes on without it, and without its update."""
     error = IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
     if (session := coordinator.sessions.get(name)) is not None:
         session.close(error)
-    current = coordinator.active.current if coordinator.active is not None else None
-    if current is not None:
-        await reject(coordinator, name, current.opened.key, error)
+    machine = coordinator.active
+    current = machine.current if machine is not None else None
+    if machine is None or current is None or current.closed is not None:
+        return
+    if (member := current.members.get(name)) is not None and member.stage is not Stage.DROPPED:
+        await coordinator.insist(e.DeviceDropped(machine.name, current.opened.key, name, REVOKED, str(error)))

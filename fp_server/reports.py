@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from dataclasses import replace
 
 from common.errors import FedPrunerError, ProtocolError
@@ -15,11 +17,36 @@ from fp_server.coordinator import Coordinator
 logger = logging.getLogger("fp_server")
 
 
+LONGEST = 60.0
+"""Seconds that another plan of a device waits for its turn; one that had to wait longer is not taken."""
+
+
 async def plan_reported(coordinator: Coordinator, device: str, report: PlanReport) -> None:
     """A device said what it can hold."""
+    event = _plan_event(coordinator, device, report)
+    if event is None:
+        return
+    machine = coordinator.active
+    if machine is not None and event != machine.plans.get(device):  # an event in the log: nobody may fill it
+        if (wait := coordinator.new_plans.take(device, time.monotonic(), LONGEST)) > LONGEST:
+            coordinator.complaints.say(device, f"device {device} has said too often that it can hold something else; not taken")
+            return
+        if wait:
+            await asyncio.sleep(wait)
+            event = _plan_event(coordinator, device, report)
+    if event is None or (machine := coordinator.active) is None:
+        return
+    if event == machine.plans.get(device):  # nothing that a restart would have to know
+        await coordinator.post(PlanConfirmed(device))
+    else:
+        await coordinator.insist(event)
+
+
+def _plan_event(coordinator: Coordinator, device: str, report: PlanReport) -> e.PlanReceived | None:
+    """A device's plan as it would be in the log; None when nobody asked for it."""
     machine = coordinator.active
     if machine is None or report.run != machine.name or not machine.awaits_plan(device):
-        return
+        return None
     problem = report.refusal or plan_problem(report, machine.manifest, machine.units)
     if problem:  # a refusal is one, whatever else the report holds: that has not been checked
         report = replace(report, capacities=(), unit_bytes=(), refusal=problem)
@@ -27,11 +54,7 @@ async def plan_reported(coordinator: Coordinator, device: str, report: PlanRepor
     joined = before is not None and before.samples > 0
     most = min(coordinator.config.max_samples, machine.config.limits.max_samples or report.samples)
     samples = before.samples if before is not None and joined else min(report.samples, most)
-    event = e.PlanReceived(machine.name, device, report, samples)
-    if event == before:  # nothing that a restart would have to know
-        await coordinator.post(PlanConfirmed(device))
-    else:
-        await coordinator.insist(event)
+    return e.PlanReceived(machine.name, device, report, samples)
 
 
 async def unreadable(coordinator: Coordinator, device: str, plan: bool, error: ProtocolError) -> None:
@@ -100,7 +123,8 @@ async def accept(coordinator: Coordinator, device: str, ready: UpdateReady) -> b
             machine = coordinator.machine_for(ready.key.run)
             if machine.check_push(device, ready.key, ready.ref):
                 return True
-            await coordinator.post_locked(e.UpdateAccepted(machine.name, ready.key, device, ready.ref, ready.metrics))
+            with coordinator.keeper.held(ready.ref.digest):
+                await coordinator.post_locked(e.UpdateAccepted(machine.name, ready.key, device, ready.ref, ready.metrics))
             return False
 
     return await coordinator.background.whole(work())

@@ -35,6 +35,9 @@ from fp_server.progress import begin_anew, count
 from fp_server.roundstate import Member, Round, Stage
 from fp_server.runstate import RunState
 
+REVOKED = "IdentityError"
+"""The error of a device that was revoked: it is out of the open round even when its update has been accepted."""
+
 
 class RunMachine(RunState):
     """One run. `handle` is the only thing that changes it."""
@@ -44,6 +47,8 @@ class RunMachine(RunState):
     def handle(self, happening: e.Event | Stimulus, now: float) -> list[Command]:
         """Take in one event or stimulus at time `now` (seconds); returns what must be done, in order."""
         out: list[Command] = []
+        if isinstance(happening, e.Event):
+            self.last_at = now
         match happening:
             case e.PlanReceived():
                 self.plans[happening.device] = happening
@@ -66,8 +71,9 @@ class RunMachine(RunState):
                     member.accepted, member.stage = happening, Stage.DONE
                     self._ask(happening.device, out)
             case e.DeviceDropped():
-                if (member := self._member(happening.device, happening.key)) and not member.settled:
-                    member.dropped, member.stage = happening, Stage.DROPPED
+                member = self._member(happening.device, happening.key)
+                if member and (not member.settled or (member.stage is Stage.DONE and happening.error == REVOKED)):
+                    member.accepted, member.dropped, member.stage = None, happening, Stage.DROPPED
                     self._cancel(happening.device, happening.key, happening.message, out)
                     self._ask(happening.device, out)
             case e.UpdatesLost():
@@ -101,6 +107,11 @@ class RunMachine(RunState):
                 pass
         out.extend(decide(self, now))
         return out
+
+    def pardon(self, now: float) -> None:
+        """Silence so far is not the devices': the server was down, or could not write down what they said."""
+        for member in self.current.members.values() if self.current is not None else ():
+            member.progress_at = now
 
     def _member(self, device: str, key: TaskKey) -> Member | None:
         if self.current is None or self.current.opened.key != key or self.current.closed is not None:
@@ -200,8 +211,10 @@ class RunMachine(RunState):
         self.idle_since = now
         if self.current is None:
             return
+        self.pardon(now)
+        # Nor does it count for the round's limit, and the clock may have been set meanwhile, either way.
+        self.current.opened_at = now - max(0.0, self.last_at - self.current.opened_at)
         for device, member in self.current.members.items():
-            member.progress_at = now  # silence while the server was down is not the device's
             if member.stage is Stage.CHOOSING:
                 out.append(Choose(self.current.opened.key, device))
         if self.current.closed is not None:

@@ -68,9 +68,12 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             fault("server.fetch.before")
             chunks = self._coordinator.store.chunks(request.digest, request.offset, CHUNK)
             rate, patience = machine.config.run.min_bytes_per_second, machine.config.run.progress_timeout_seconds
+            ends = time.monotonic() + patience  # and what all that was sent may have taken: a place here is not held by a trickle
             while chunk := await asyncio.to_thread(next, chunks, b""):
+                if self._coordinator.active is not machine or request.digest not in machine.may_fetch(peer.name):
+                    raise TooLate(f"object {request.digest[:16]}… is not part of this device's task any more")
                 self._coordinator.fetched(len(chunk))
-                ends = time.monotonic() + patience + (len(chunk) / rate if rate else math.inf)
+                ends += len(chunk) / rate if rate else math.inf
                 await _write(context, objects_pb2.Chunk(data=chunk), ends)
                 fault("server.fetch.chunk")
 
@@ -158,7 +161,11 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             paths = {unit.ref.digest: await self._coordinator.keeper.readable(unit.ref.digest) for unit in given}
             starts = starting_points(assignment.spec.start, assignment.adapter, paths.__getitem__)
             async with self._checking:
+                self._coordinator.machine_for(ready.key.run).assignment(device, ready.key)  # it may have waited for its turn
                 await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm, starts)
+        except (TooLate, NotFound):
+            arrival.discard()
+            raise
         except StorageError:  # what the device started with can't be read: the server's trouble; the device tries again
             for unit in assignment.adapter:
                 await self._coordinator.keeper.readable(unit.ref.digest)
@@ -169,10 +176,11 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             raise
         fault("server.push.checked")
         self._access.authority.check(peer, "device")  # it may have been revoked a moment ago
-        await asyncio.to_thread(arrival.adopt)
-        fault("server.push.stored")
         try:
-            return objects_pb2.PushReply(duplicate=await accept(self._coordinator, device, ready))
+            with self._coordinator.keeper.held(ready.ref.digest):
+                await asyncio.to_thread(arrival.adopt)
+                fault("server.push.stored")
+                return objects_pb2.PushReply(duplicate=await accept(self._coordinator, device, ready))
         except (TooLate, NotFound, AlreadyDone):  # since a moment ago
             self._coordinator.keeper.let_go(ready.ref.digest)
             raise

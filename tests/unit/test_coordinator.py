@@ -6,12 +6,13 @@ import asyncio
 import dataclasses
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
 from test_rounds import MANIFEST, plan, probed, toml
 
-from common.bucket import Bucket
+from common.bucket import Bucket, Buckets
 from common.errors import StorageError
 from common.tensorfile import write_tensors
 from common.types import PlanReport, UpdateMetrics
@@ -22,7 +23,7 @@ from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
-from fp_server.operations import start_run
+from fp_server.operations import kick, start_run
 from fp_server.reports import plan_reported
 from fp_server.sessions import Session
 from fp_server.validation import expected_shapes
@@ -318,10 +319,10 @@ def test_an_object_may_be_there_a_moment_before_what_refers_to_it(tmp_path):
     store = again
     new = put("new")
     os.utime(again.path(new), (0, 0))
-    assert again.sweep({wanted}, (), older_than=60.0) == 1
+    assert again.sweep({wanted}, (), time.monotonic() - 60.0) == 1
     assert not again.has(old) and again.has(new) and again.has(wanted)
     put("new")
-    assert again.sweep({wanted}, (), older_than=60.0) == 0
+    assert again.sweep({wanted}, (), time.monotonic() - 60.0) == 0
     assert again.sweep({wanted}, ()) == 1 and not again.has(new)
 
 
@@ -365,5 +366,73 @@ def test_what_was_adopted_too_late_goes_at_once(tmp_path, database):
         async with asyncio.timeout(10):
             while store.has(digest):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+
+    with_coordinator(tmp_path, database, body)
+
+
+def test_the_time_of_a_full_disk_counts_against_nobody(tmp_path, database):
+    """Devices have delivered, and their reports can't be written for longer than the progress timeout: they stay in the round."""
+    log, now = SlowLog(database), [1000.0]
+
+    async def body(coordinator):
+        coordinator.clock = lambda: now[0]
+        for device in "ab":
+            await coordinator.connect(Session(device))
+            await plan_reported(coordinator, device, report(device))
+        key = coordinator.active.current.opened.key
+        log.full = True
+        waiting = [asyncio.create_task(coordinator.insist(probed(key, device))) for device in "ab"]
+        await asyncio.sleep(0.1)
+        for _ in range(6):  # an hour, in which nobody can be heard
+            now[0] += 600.0
+            await coordinator.post(c.Tick())
+        now[0] += 600.0
+        log.full = False
+        await coordinator.post(c.Tick())  # the clock comes before the report
+        await asyncio.gather(*waiting)
+        assert coordinator.active.current.opened.key == key
+        assert not any(isinstance(event, e.DeviceDropped) for _, event in coordinator.log.replay("r"))
+
+    with_coordinator(tmp_path, database, body, log)
+
+
+def test_a_revoked_device_takes_its_update_out_of_the_open_round(tmp_path, database):
+    store = ObjectStore(tmp_path)
+
+    async def body(coordinator):
+        for device in "ab":
+            await coordinator.connect(Session(device))
+            await plan_reported(coordinator, device, report(device))
+        key = coordinator.active.current.opened.key
+        await both_assigned(coordinator, key)
+        (store.scratch / "x").write_text("an update")
+        ref = store.adopt(store.scratch / "x")
+        await coordinator.post(e.UpdateAccepted("r", key, "a", ref, UpdateMetrics()))
+        assert coordinator.active.current.members["a"].counts
+        await kick(coordinator, "a")
+        await kick(coordinator, "a")  # twice is once
+        member = coordinator.active.current.members["a"]
+        assert not member.counts and member.dropped.error == "IdentityError"
+        async with asyncio.timeout(10):
+            while store.has(ref.digest):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert coordinator.fold("r").current.members["a"].dropped == member.dropped
+        assert sum(isinstance(event, e.DeviceDropped) for _, event in coordinator.log.replay("r")) == 1
+
+    with_coordinator(tmp_path, database, body, store=store)
+
+
+def test_another_device_can_not_fill_the_log_with_plans(tmp_path, database):
+    async def body(coordinator):
+        coordinator.new_plans = Buckets(1 / 1000, 5)
+        await coordinator.connect(Session("a"))
+        for n in range(40):
+            coordinator.active.stale.add("a")  # it has come again
+            await plan_reported(coordinator, "a", dataclasses.replace(report(), refusal=f"no {n}"))
+        kept = [event for _, event in coordinator.log.replay("r") if isinstance(event, e.PlanReceived)]
+        assert len(kept) == 5
+        await plan_reported(coordinator, "b", report("b"))
+        coordinator.active.stale.add("b")
+        assert "b" in coordinator.active.plans
 
     with_coordinator(tmp_path, database, body)
