@@ -104,6 +104,7 @@ class Doctor:
         import grpc
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+        from common.transport.replies import serving
         from fp_client.rpc import Connection
 
         address = need_server(self.config, self.directory)
@@ -114,9 +115,8 @@ class Doctor:
                     reply = await health_pb2_grpc.HealthStub(connection.channel).Check(
                         health_pb2.HealthCheckRequest(), timeout=10
                     )
-                    return (
-                        f"{address} accepts this certificate ({health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)})"
-                    )
+                    said = serving(reply, address)
+                    return f"{address} accepts this certificate ({said})"
                 except grpc.aio.AioRpcError as error:
                     if error.code() == grpc.StatusCode.UNIMPLEMENTED:
                         return f"{address} accepts this certificate"

@@ -22,6 +22,7 @@ from common.errors import FedPrunerError, IdentityError, ProtocolError, Unreacha
 from common.faults import fault
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde, tls, wire
+from common.transport.replies import readable
 from common.version import installed
 from fp_client.says import DeviceSays, ServerSays, decode, encode, plain
 
@@ -96,8 +97,8 @@ def _look_at(directory: Path, address: str, timeout: float) -> IdentityError | N
 class Session:
     """One open session stream. `device` is the name the server reads from our certificate; `held` ends stream and channel."""
 
-    def __init__(self, call: Any, held: AsyncExitStack, device: str, version: str, translate: Translate) -> None:
-        self.device, self.server_version = device, version
+    def __init__(self, call: Any, held: AsyncExitStack, device: str, version: str, address: str, translate: Translate) -> None:
+        self.device, self.server_version, self.address = device, version, address
         self._call, self._held, self._translate = call, held, translate
         self._writing = asyncio.Lock()
         self._sending: set[asyncio.Task[None]] = set()
@@ -136,7 +137,7 @@ class Session:
                 raise UnreachableError("the session has ended") from None
 
     async def __aiter__(self) -> AsyncIterator[ServerSays]:
-        """What the server says, until it ends the stream. Raises its error."""
+        """What the server says, until it ends the stream. Raises its error, ProtocolError for what can't be read."""
         while True:
             try:
                 message = await self._call.read()
@@ -149,8 +150,7 @@ class Session:
             if message is grpc.aio.EOF:
                 await _ended(self._call, self._translate)
                 return
-            fault("device.session.heard", message.WhichOneof("body") or "")
-            yield decode(message)
+            yield heard(message, self.address)
 
     async def finish(self) -> None:
         """Say that no more will come: the server ends the stream, and whoever iterates over it comes to its end."""
@@ -162,6 +162,13 @@ class Session:
         """End our side; the server sees an ordinary end of stream."""
         await self.finish()
         await self._held.aclose()
+
+
+def heard(message: session_pb2.ServerMessage | None, address: str) -> ServerSays:
+    """What a session's stream has brought, as a value. Raises ProtocolError."""
+    message = readable(message, "message", address)
+    fault("device.session.heard", message.WhichOneof("body") or "")
+    return decode(message)
 
 
 async def _ended(call: Any, translate: Translate) -> None:
@@ -274,7 +281,8 @@ class Connection:
             welcome = await self._greet(call)
             fault("device.session.welcome")
             self._refusals = 0
-            return Session(call, held.pop_all(), plain(welcome.device, 64), plain(welcome.version, 40), self.translate)
+            name, version = plain(welcome.device, 64), plain(welcome.version, 40)
+            return Session(call, held.pop_all(), name, version, self.address, self.translate)
 
     async def _greet(self, call: Any) -> session_pb2.Welcome:
         message: Any
@@ -294,6 +302,7 @@ class Connection:
                     raise UnreachableError(f"{self.address}: ended the session before its welcome")
         except TimeoutError:
             raise UnreachableError(f"{self.address}: did not answer in {ANSWER_SECONDS:.0f} s") from None
+        message = readable(message, "welcome", self.address, UnreachableError)  # a ProtocolError here would end the daemon
         if (body := message.WhichOneof("body")) != "welcome":
             raise ProtocolError(f"{self.address}: the first message is {body!r}, expected a welcome")
         return message.welcome  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ from common.errors import DigestError, FedPrunerError, LimitError, OffsetError, 
 from common.faults import fault
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde, wire
+from common.transport.replies import readable
 from common.types import ObjectRef, UpdateReady
 from fp_client.cache import storage_error
 from fp_client.rpc import ANSWER_SECONDS, Connection
@@ -116,12 +117,13 @@ class Transfer:
             raise DigestError(f"object {ref.digest[:12]}: the bytes received have digest {digest.hexdigest()[:12]}")
 
     async def _steadily(self, call: Any, ref: ObjectRef) -> AsyncIterator[objects_pb2.Chunk]:
-        """A call's chunks. Raises UnreachableError when they come too slowly."""
+        """A call's chunks. Raises UnreachableError when they come too slowly, ProtocolError for one that can't be read."""
+        what = f"piece of object {ref.digest[:12]}"
         chunks, came, ends = aiter(call), 0, monotonic() + STALL_SECONDS
         try:
             while True:
                 async with asyncio.timeout(ends - monotonic()):
-                    chunk = await anext(chunks)
+                    chunk = readable(await anext(chunks), what, self.connection.address)
                 came += len(chunk.data)
                 if came >= STALL_BYTES:
                     came, ends = 0, monotonic() + STALL_SECONDS
@@ -156,7 +158,8 @@ class Transfer:
                 try:
                     stub = self._stub(channel)
                     request = objects_pb2.OffsetRequest(key=serde.key_to_pb(ready.key), ref=serde.ref_to_pb(ready.ref))
-                    reply = await stub.Offset(request, timeout=ANSWER_SECONDS)
+                    answer = await stub.Offset(request, timeout=ANSWER_SECONDS)
+                    reply = readable(answer, "answer about an update's offset", self.connection.address)
                     fault("device.push.offset")
                     if reply.accepted:
                         return True
@@ -166,7 +169,8 @@ class Transfer:
                         tries = again = 0
                     best, at = max(best, reply.offset), reply.offset
                     allowed(sent + ready.ref.size - reply.offset)
-                    done = await stub.Push(_pieces(ready, reply.offset, path, note))
+                    acked = await stub.Push(_pieces(ready, reply.offset, path, note))
+                    done = readable(acked, "answer to a push", self.connection.address)
                     fault("device.push.acked")
                     return bool(done.duplicate)
                 except grpc.aio.AioRpcError as raw:

@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.errors import ConfigError, FedPrunerError, UnreachableError
+from common.transport.replies import serving
 from common.transport.tls import client_credentials
 from common.transport.wire import from_rpc_error
 
@@ -89,8 +90,8 @@ def _ask(address: str, credentials: grpc.ChannelCredentials, timeout: float) -> 
         except grpc.RpcError as raw:
             error: Any = raw  # a `grpc.Call` too
             raise from_rpc_error(error, address) from None
-    if reply.status != health_pb2.HealthCheckResponse.SERVING:
-        raise UnreachableError(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)}; is it stopping?")
+    if (said := serving(reply, address)) != "SERVING":
+        raise UnreachableError(f"{address}: {said}; is it stopping?")
 
 
 def main() -> int:

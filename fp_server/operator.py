@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,9 +20,10 @@ import grpc.aio
 from common import config as configuration
 from common.checkpoint import dump_manifest, manifest_from_json
 from common.config import Section
-from common.errors import ConfigError, DigestError, FedPrunerError, IdentityError, UnreachableError
+from common.errors import ConfigError, DigestError, FedPrunerError, IdentityError, ProtocolError, UnreachableError
 from common.pb import admin_pb2, admin_pb2_grpc
 from common.transport import enroll, serde, tls
+from common.transport.replies import readable
 from common.transport.wire import CHANNEL_OPTIONS, from_rpc_error, options, split_address
 from common.types import ModelManifest, UnitObject
 from fp_server.audit import Actor, Entry, Row
@@ -37,6 +38,8 @@ TIMEOUT = 20.0
 """Seconds an operator's call may take."""
 STATUS = 64 << 20
 """Bytes a status may have."""
+END_OF_TIME = 253_402_214_400.0
+"""31 December 9999, the last day a calendar can name, in seconds since the epoch."""
 
 T = TypeVar("T")
 
@@ -155,21 +158,21 @@ class Operator:
     def start(self, toml: str, manifest: ModelManifest) -> str:
         """Start a run; returns its name."""
         request = admin_pb2.StartRunRequest(toml=toml, manifest=dump_manifest(manifest))
-        return self._run(lambda stub: stub.StartRun(request, timeout=TIMEOUT)).run
+        return readable(self._run(lambda stub: stub.StartRun(request, timeout=TIMEOUT)), "reply", self.address).run
 
     def control(self, run: str, action: str) -> str:
         """Pause, resume or stop; returns the run's state."""
         request = admin_pb2.ControlRunRequest(run=run, action=action)
-        return self._run(lambda stub: stub.ControlRun(request, timeout=TIMEOUT)).state
+        return readable(self._run(lambda stub: stub.ControlRun(request, timeout=TIMEOUT)), "reply", self.address).state
 
     def runs(self) -> list[dict[str, Any]]:
         """All runs, newest first."""
         reply = self._run(lambda stub: stub.ListRuns(admin_pb2.ListRunsRequest(), timeout=TIMEOUT))
-        return list(json.loads(reply.json))
+        return runs_of(reply, self.address)
 
     def _page(self, run: str, first: int, last: int) -> dict[str, Any]:
         request = admin_pb2.StatusRequest(run=run, first_round=first, last_rounds=last)
-        return dict(json.loads(self._run(lambda stub: stub.GetStatus(request, timeout=TIMEOUT)).json))
+        return status_of(self._run(lambda stub: stub.GetStatus(request, timeout=TIMEOUT)), self.address)
 
     def status(self, run: str, last: int = 0) -> dict[str, Any]:
         """One run, now, with the `last` entries of its history (0: the usual ten), in as many calls as they need."""
@@ -180,62 +183,108 @@ class Operator:
         pages: list[dict[str, Any]] = []
         while (at := wanted + len(pages)) < made["history_first"]:
             # An entry never changes once it is in the history, and a run keeps its name: pages of different moments fit.
-            page = self._page(made["run"], at, made["history_first"] - at)
-            pages += page["history"]
+            asked = made["history_first"] - at
+            entries = self._page(made["run"], at, asked).get("history", [])
+            if not 0 < len(entries) <= asked:  # else this might never come to its end
+                raise ProtocolError(f"{self.address}: {len(entries)} entries of the history came, not {asked} from {at} on")
+            pages += entries
         made["history"], made["history_first"] = pages + made["history"], wanted
         return made
 
     def token(self, name: str, role: str, ttl: int) -> Token:
         """A one-time join token."""
         request = admin_pb2.CreateTokenRequest(name=name, role=role, ttl_seconds=ttl)
-        reply = self._run(lambda stub: stub.CreateToken(request, timeout=TIMEOUT))
+        reply = readable(self._run(lambda stub: stub.CreateToken(request, timeout=TIMEOUT)), "token", self.address)
         return Token(reply.token, reply.warning)
 
     def revoke(self, name: str, force: bool = False) -> tuple[int, int]:
         """Revoke a name's certificates and unused tokens; returns how many of each. Raises NotFound unless `force`."""
         request = admin_pb2.RevokeRequest(name=name, force=force)
-        reply = self._run(lambda stub: stub.Revoke(request, timeout=TIMEOUT))
+        reply = readable(self._run(lambda stub: stub.Revoke(request, timeout=TIMEOUT)), "reply", self.address)
         return reply.count, reply.tokens
 
     def audit(self, since: float = 0.0) -> list[Row]:
         """The entries of the audit trail from a time on, oldest first."""
 
         async def every(stub: admin_pb2_grpc.AdminAsyncStub) -> list[Row]:
-            return [_row(message) async for message in stub.ReadAudit(admin_pb2.AuditRequest(since=since))]
+            return [row_of(message, self.address) async for message in stub.ReadAudit(admin_pb2.AuditRequest(since=since))]
 
         return self._run(every)
 
     def ledger(self, run: str, into: Path) -> Ledger:
         """Fetch a run's ledger into a directory, a file a layer. Raises NotFound, DigestError when bytes are not what they
-        claim."""
-        return self._run(lambda stub: _fetch_ledger(stub, run, into))
+        claim, ProtocolError when they can't be read."""
+        request = admin_pb2.LedgerRequest(run=run)
+        return self._run(lambda stub: fetch_ledger(stub.ReadLedger(request), into, self.address))
 
     async def watch(self, run: str, last: int = 0) -> AsyncIterator[dict[str, Any]]:
         """A status whenever something changes, with as many of the `last` entries as one message holds."""
         request = admin_pb2.StatusRequest(run=run, last_rounds=last)
         async with self._stub() as stub:
             async for message in stub.WatchStatus(request):
-                yield dict(json.loads(message.json))
+                yield status_of(message, self.address)
 
 
-def _row(m: admin_pb2.AuditEntry) -> Row:
+def _value(text: str, what: str, address: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{address}: the server's {what} is no JSON ({type(error).__name__})") from None
+
+
+def runs_of(message: admin_pb2.ListRunsReply | None, address: str) -> list[dict[str, Any]]:
+    """The runs of a reply. Raises ProtocolError."""
+    made = _value(readable(message, "list of runs", address).json, "list of runs", address)
+    if not isinstance(made, list) or not all(isinstance(run, dict) for run in made):
+        raise ProtocolError(f"{address}: the server's list of runs is no list of tables")
+    return made
+
+
+def status_of(message: admin_pb2.Status | None, address: str) -> dict[str, Any]:
+    """A status as the server's JSON has it; of a run, with the history and its place. Raises ProtocolError."""
+    made = _value(readable(message, "status", address).json, "status", address)
+    kinds: dict[str, Any] = {"run": (str, type(None)), "state": str}
+    if isinstance(made, dict) and made.get("run") is not None:
+        kinds |= {"history": list, "history_first": int, "history_total": int}
+    if not isinstance(made, dict) or not all(isinstance(made.get(key, ...), kind) for key, kind in kinds.items()):
+        raise ProtocolError(f"{address}: the server's status lacks something every status has ({', '.join(kinds)})")
+    return made
+
+
+def row_of(message: admin_pb2.AuditEntry | None, address: str) -> Row:
+    """An entry of the audit trail. Raises ProtocolError."""
+    m = readable(message, "audit entry", address)
+    if not 0 <= m.time < END_OF_TIME:
+        raise ProtocolError(f"{address}: the audit entry {m.seq} is of no time ({m.time})")
     return Row(m.seq, m.time, Entry(Actor(m.actor, m.role, m.serial, m.address), m.action, m.object, m.outcome), m.hash)
 
 
-async def _fetch_ledger(stub: admin_pb2_grpc.AdminAsyncStub, run: str, into: Path) -> Ledger:
-    parts = aiter(stub.ReadLedger(admin_pb2.LedgerRequest(run=run)))
-    head = (await anext(parts)).head
+async def fetch_ledger(messages: AsyncIterable[admin_pb2.LedgerPart | None], into: Path, address: str) -> Ledger:
+    """Write the ledger that `messages` bring. Raises DigestError when bytes are not what they claim, ProtocolError."""
+    parts = aiter(messages)
+
+    async def next_part() -> admin_pb2.LedgerPart:
+        try:
+            return readable(await anext(parts), "ledger", address)
+        except StopAsyncIteration:
+            raise ProtocolError(f"{address}: the server ended the ledger before all of it was here") from None
+
+    head = (await next_part()).head
     objects = [UnitObject(m.layer, serde.ref_from_pb(m.ref)) for m in head.objects]
+    if len({item.layer for item in objects}) < len(objects):
+        raise ProtocolError(f"{address}: the ledger has two objects of one layer")
+    manifest = manifest_from_json(head.manifest, "the server's manifest")
     layers: dict[int, Path] = {}
     for item in objects:
         layers[item.layer] = path = into / f"layer-{item.layer}.safetensors"
         digest, left = hashlib.sha256(), item.ref.size
         with path.open("wb") as out:
             while left > 0:
-                data = (await anext(parts)).data
+                if not (data := (await next_part()).data):
+                    raise ProtocolError(f"{address}: the server sent a piece of nothing")
                 left -= len(data)
                 digest.update(data)
                 out.write(data)
         if left or digest.hexdigest() != item.ref.digest:
             raise DigestError(f"layer {item.layer + 1} of run {head.run}: the bytes received are not the ledger's; try again")
-    return Ledger(head.run, head.model, head.rounds, manifest_from_json(head.manifest, "the server's manifest"), layers)
+    return Ledger(head.run, head.model, head.rounds, manifest, layers)

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Group, RenderableType
+from rich.errors import NotRenderableError
 from rich.table import Table
 from rich.text import Text
 
+from common.errors import ProtocolError
 from fp_server.audit import OK, Row
+
+T = TypeVar("T")
+
+
+def _of_a_server(view: Callable[..., T]) -> Callable[..., T]:
+    """What is shown came over the wire, from a server that may be of another version, or say anything."""
+
+    @functools.wraps(view)
+    def shown(*args: Any) -> T:
+        try:
+            return view(*args)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, NotRenderableError) as error:
+            why = f"{type(error).__name__}: {str(error)[:100]}"
+            raise ProtocolError(f"what the server said can't be shown ({why}); --json prints it as it came") from None
+
+    return shown
 
 
 def size(count: float | None) -> str:
@@ -39,6 +58,7 @@ def _progress(progress: dict[str, Any]) -> str:
     return f"{progress['phase']} {100 * min(done, total) // total} %" if total else str(progress["phase"])
 
 
+@_of_a_server
 def runs_table(runs: list[dict[str, Any]], options: str = "") -> RenderableType:
     """All runs, newest first. `options`: of the command that would start one."""
     if not runs:
@@ -73,6 +93,7 @@ def devices(count: int) -> str:
     return f"{count} device" if count == 1 else f"{count} devices"
 
 
+@_of_a_server
 def brief(status: dict[str, Any]) -> str:
     """One line: where the run stands and what each device of the round under way does."""
     if status["run"] is None:
@@ -86,6 +107,7 @@ def brief(status: dict[str, Any]) -> str:
     return plain(text).plain
 
 
+@_of_a_server
 def status_view(status: dict[str, Any]) -> RenderableType:
     """One run and the devices."""
     if status["run"] is None:

@@ -28,9 +28,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import FedPrunerError, IdentityError, ProtocolError, StorageError, TokenError, UnreachableError
+from common.faults import fault
 from common.pb import enroll_pb2, enroll_pb2_grpc
 from common.token import JoinToken
 from common.transport import tls, wire
+from common.transport.replies import readable
 
 TIMEOUT = 15.0
 """Seconds one call may take."""
@@ -64,15 +66,17 @@ async def join(
     say(f"asking {token.enroll} for its CA certificate")
     ca = await _fetch_ca(token, backoff)
     say("the CA is the token's; sending the key to be signed")
-    reply = await _enroll(token, ca, role, key, backoff)
-    _check_certificate(reply.certificate_pem, ca, key)
-    if (before := _name_before(directory / f"{role}.pem")) not in ("", reply.name):
-        say(f"{directory} was {before!r} and is {reply.name!r} from now on; `fp-server revoke {before}` ends the old certificate")
+    pem, certificate = await _enroll(token, ca, role, key, backoff)
+    given, name = tls.identity_of(certificate)
+    if given != role:
+        raise ProtocolError(f"{token.enroll}: the server's certificate is for {given}/{name[:80]}, asked was a {role}'s")
+    if (before := _name_before(directory / f"{role}.pem")) not in ("", name):
+        say(f"{directory} was {before!r} and is {name!r} from now on; `fp-server revoke {before}` ends the old certificate")
     with _storage(directory):
         (directory / "ca.pem").write_text(ca)
         remember(token.server)
-        tls.write_private(directory / f"{role}.pem", tls.one_certificate(reply.certificate_pem).encode())
-    return Joined(reply.name, reply.role, token.server)
+        tls.write_private(directory / f"{role}.pem", pem.encode())
+    return Joined(name, role, token.server)
 
 
 async def renew(channel: grpc.aio.Channel, directory: Path, role: str) -> x509.Certificate:
@@ -86,11 +90,12 @@ async def renew(channel: grpc.aio.Channel, directory: Path, role: str) -> x509.C
     request = enroll_pb2.RenewRequest(csr_pem=tls.make_csr(key, role))
     stub: enroll_pb2_grpc.RenewalAsyncStub = enroll_pb2_grpc.RenewalStub(channel)
     reply = await stub.Renew(request, timeout=TIMEOUT)
-    new = _check_certificate(reply.certificate_pem, (directory / "ca.pem").read_text(), key)
+    pem, new = certificate_of(reply, (directory / "ca.pem").read_text(), key, "renewal")
     if tls.identity_of(new) != tls.identity_of(old):
         raise ProtocolError(f"the server's certificate is for {'/'.join(tls.identity_of(new))}; {path} is kept")
+    fault("device.renewal.answered")
     with _storage(directory):
-        await asyncio.to_thread(tls.write_private, path, tls.one_certificate(reply.certificate_pem).encode())
+        await asyncio.to_thread(tls.write_private, path, pem.encode())
     return new
 
 
@@ -165,23 +170,29 @@ async def _fetch_ca(token: JoinToken, backoff: wire.Backoff) -> str:
         reply = await wire.retrying(
             lambda: stub.GetCa(enroll_pb2.GetCaRequest(), timeout=TIMEOUT), wire.Backoff(attempts=3), token.enroll
         )
-    if tls.ca_digest(reply.ca_pem) != token.ca:
+    return ca_of(reply, token)
+
+
+def ca_of(reply: enroll_pb2.GetCaReply | None, token: JoinToken) -> str:
+    """The CA certificate (PEM) of a reply from whoever. Raises ProtocolError, IdentityError unless it is the token's."""
+    ca = readable(reply, "CA certificate", token.enroll).ca_pem
+    if tls.ca_digest(ca) != token.ca:
         raise IdentityError(
             f"{token.enroll}: the server's CA is not the token's; this is another server, or someone stands in between. "
             "Nothing was sent. Ask the operator for a new token"
         )
-    return tls.one_certificate(reply.ca_pem)  # what follows the first one has no digest in the token
+    return tls.one_certificate(ca)  # what follows the first one has no digest in the token
 
 
 async def _enroll(
     token: JoinToken, ca: str, role: str, key: ec.EllipticCurvePrivateKey, backoff: wire.Backoff
-) -> enroll_pb2.EnrollReply:
+) -> tuple[str, x509.Certificate]:
     limit = wire.options(wire.CHANNEL_OPTIONS, max_receive_message_length=64 << 10)
     request = enroll_pb2.EnrollRequest(secret=token.secret, csr_pem=tls.make_csr(key, role), role=role)
     async with grpc.aio.secure_channel(token.enroll, grpc.ssl_channel_credentials(ca.encode()), limit) as channel:
         stub = enroll_pb2_grpc.EnrollmentStub(channel)
         try:
-            reply: enroll_pb2.EnrollReply = await wire.retrying(
+            reply: enroll_pb2.EnrollReply | None = await wire.retrying(
                 lambda: stub.Enroll(request, timeout=TIMEOUT), backoff, token.enroll
             )
         except TokenError:
@@ -192,15 +203,20 @@ async def _enroll(
             raise
         except FedPrunerError as error:
             raise TokenError(f"{token.enroll}: enrollment failed: {error}") from None
-    return reply
+    return certificate_of(reply, ca, key, token.enroll)
 
 
-def _check_certificate(pem: str, ca: str, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+def certificate_of(
+    reply: enroll_pb2.EnrollReply | None, ca: str, key: ec.EllipticCurvePrivateKey, where: str
+) -> tuple[str, x509.Certificate]:
+    """The certificate of a reply, as PEM and parsed. Raises ProtocolError unless `ca` (PEM) issued it for this key."""
+    pem = readable(reply, "certificate", where).certificate_pem
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode())
         certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca.encode()))
-    except Exception as error:  # several kinds: not PEM, another issuer, a bad signature
+        signed = certificate.public_key()
+    except Exception as error:  # several kinds: not PEM, another issuer, a bad signature, an unknown algorithm
         raise ProtocolError(f"the server's reply holds no certificate of its CA ({type(error).__name__})") from None
-    if certificate.public_key() != key.public_key():
+    if signed != key.public_key():
         raise ProtocolError("the server signed another key than ours; ask the operator for a new token")
-    return certificate
+    return tls.one_certificate(pem), certificate

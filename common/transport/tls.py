@@ -12,11 +12,13 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from common.errors import IdentityError
+from common.faults import fault
 from common.files import sync_directory
 from common.types import NAME
 
@@ -47,12 +49,14 @@ def write_private(path: Path, data: bytes) -> None:
         with os.fdopen(os.dup(fd), "wb") as out:
             out.write(data)
         os.fsync(fd)
+        fault("common.private.written", path.name)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     finally:
         os.close(fd)
     temporary.replace(path)
+    fault("common.private.renamed", path.name)
     sync_directory(path.parent)
 
 
@@ -86,6 +90,8 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
         raise IdentityError(f"{path}: no key; run `fp-client join` (device) or `fp-server init` (server) first") from None
     except ValueError:
         raise IdentityError(f"{path}: not a PEM private key") from None
+    except (TypeError, UnsupportedAlgorithm):
+        raise IdentityError(f"{path}: the private key is encrypted, or of an unknown algorithm") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise IdentityError(f"{path}: not an elliptic-curve key")
     return key
@@ -99,20 +105,25 @@ def make_csr(key: ec.EllipticCurvePrivateKey, name: str) -> str:
     ).decode()  # fmt: skip
 
 
+def parse_certificate(pem: bytes, where: str) -> x509.Certificate:
+    """The first certificate of a PEM text. Raises IdentityError, which begins with `where`."""
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError:
+        raise IdentityError(f"{where}: not a PEM certificate") from None
+    except x509.InvalidVersion as error:  # no ValueError
+        raise IdentityError(f"{where}: is of version {error.parsed_version + 1}, which is unknown") from None
+
+
 def one_certificate(pem: str) -> str:
     """The first certificate of a PEM text, alone: whatever comes after it was not looked at. Raises IdentityError."""
-    try:
-        return x509.load_pem_x509_certificate(pem.encode()).public_bytes(serialization.Encoding.PEM).decode()
-    except ValueError:
-        raise IdentityError("the server's certificate is not a PEM certificate") from None
+    certificate = parse_certificate(pem.encode(), "the server's certificate")
+    return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def ca_digest(ca_pem: str) -> str:
     """sha256 of the CA certificate's DER form, as a join token carries it. Raises IdentityError."""
-    try:
-        certificate = x509.load_pem_x509_certificate(ca_pem.encode())
-    except ValueError:
-        raise IdentityError("the server's CA certificate is not a PEM certificate") from None
+    certificate = parse_certificate(ca_pem.encode(), "the server's CA certificate")
     return hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
 
 
@@ -126,12 +137,16 @@ def peer_of(auth: dict[str, list[bytes]]) -> Peer:
 
 
 def identity_of(certificate: x509.Certificate) -> tuple[str, str]:
-    """(role, name) of a client certificate. Raises IdentityError when it carries none, or not exactly one."""
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return _identity(names.get_values_for_type(x509.UniformResourceIdentifier))
+    """(role, name) of a client certificate. Raises IdentityError when it carries none, not exactly one, or can't be read."""
+    try:  # they are parsed here: the certificate itself may have been read without a complaint
+        extensions = certificate.extensions
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        found = names.get_values_for_type(x509.UniformResourceIdentifier)
     except x509.ExtensionNotFound:
-        return _identity([])
+        found = []
+    except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        raise IdentityError(f"the certificate's extensions can't be read ({type(error).__name__})") from None
+    return _identity(found)
 
 
 def _identity(names: list[str]) -> tuple[str, str]:
@@ -234,11 +249,9 @@ def client_credentials(directory: Path, stem: str = "device") -> grpc.ChannelCre
 def check_validity(path: Path) -> x509.Certificate:
     """The certificate of a PEM file. Raises IdentityError when it is damaged, not yet valid or expired."""
     try:
-        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        certificate = parse_certificate(path.read_bytes(), str(path))
     except OSError as error:
         raise IdentityError(f"{path}: {error.strerror}; join again with a new token") from None
-    except ValueError:
-        raise IdentityError(f"{path}: not a PEM certificate") from None
     now = datetime.now(UTC)
     if now > certificate.not_valid_after_utc:
         raise IdentityError(

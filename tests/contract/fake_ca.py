@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -100,3 +101,23 @@ class FakeCa:
         tls.write_private(directory / "device.key", tls.key_pem(key))
         (directory / "device.pem").write_bytes(self.device(name, key.public_key(), **extra))
         (directory / "ca.pem").write_bytes(self.pem)
+
+    def altered(self, pem: bytes, old: bytes, new: bytes) -> bytes:
+        """A certificate with some of its bytes replaced by as many others, signed again: what no library would make."""
+        certificate = x509.load_pem_x509_certificate(pem)
+        content = certificate.tbs_certificate_bytes
+        assert content.count(old) == 1 and len(old) == len(new)
+        content = content.replace(old, new)
+        algorithm = bytes.fromhex("300a06082a8648ce3d040302")  # ecdsa-with-SHA256
+        signature = b"\0" + self.key.sign(content, ec.ECDSA(hashes.SHA256()))
+        body = content + algorithm + b"\x03" + bytes((len(signature),)) + signature
+        whole = base64.encodebytes(b"\x30\x82" + len(body).to_bytes(2, "big") + body)
+        return b"-----BEGIN CERTIFICATE-----\n" + whole + b"-----END CERTIFICATE-----\n"
+
+
+VERSION = (bytes.fromhex("a003020102"), bytes.fromhex("a003020106"))
+"""For `altered`: version 7 instead of 3."""
+KEY_KIND = (bytes.fromhex("06072a8648ce3d0201"), bytes.fromhex("06072a8648ce3d0209"))
+"""A public key of an algorithm nobody knows."""
+NAMES = (bytes.fromhex("0603551d11"), bytes.fromhex("0603551d13"))
+"""The alternative names said to be basic constraints, of which there are some already."""

@@ -192,6 +192,15 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
         return objects_pb2.PushReply()
 
 
+class Raw(grpc.aio.ServerInterceptor):
+    """A servicer may answer bytes: they go out as they are, whether or not they are a message."""
+
+    async def intercept_service(self, continuation, details):
+        handler = await continuation(details)
+        encode = handler.response_serializer
+        return handler._replace(response_serializer=lambda m: m if isinstance(m, bytes) else encode(m))
+
+
 class FakeServer:
     def __init__(self, ca: FakeCa, shown_ca: FakeCa | None = None) -> None:
         self.ca = ca
@@ -210,7 +219,7 @@ class FakeServer:
 
     async def start(self) -> None:
         certificate, key = self.ca.server()
-        self._server = grpc.aio.server(options=wire.options(wire.SERVER_OPTIONS))
+        self._server = grpc.aio.server(interceptors=[Raw()], options=wire.options(wire.SERVER_OPTIONS))
         enroll_pb2_grpc.add_EnrollmentServicer_to_server(self.enrollment, self._server)
         session_pb2_grpc.add_SessionsServicer_to_server(self.sessions, self._server)
         objects_pb2_grpc.add_ObjectsServicer_to_server(self.objects, self._server)

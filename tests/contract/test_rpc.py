@@ -394,7 +394,7 @@ def test_a_message_that_was_begun_is_written_whole_whatever_becomes_of_its_sende
             async def done_writing(self):
                 pass
 
-        session = Session(Call(), AsyncExitStack(), "alice", "test", None)
+        session = Session(Call(), AsyncExitStack(), "alice", "test", "h:1", None)
         first = asyncio.create_task(session.send(Progress(KEY, "train", 1, 3)))
         second = asyncio.create_task(session.send(Progress(KEY, "train", 2, 3)))
         await asyncio.sleep(0)

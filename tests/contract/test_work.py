@@ -213,19 +213,23 @@ def test_reading_the_weights_for_their_fingerprint_is_a_phase_of_its_own(home):
 def test_an_adapter_of_a_larger_rank_than_announced_is_not_loaded(home):
     """What the policy allowed was the announced one; other keys than LoRA's are no adapter."""
     path = home / "layer.safetensors"
-    shape = np.zeros((9, 4), np.float32)
+    shapes = {"lora_A": np.zeros((9, 4), np.float32), "lora_B": np.zeros((4, 9), np.float32)}
     for names, most, said in (
         (("lora_A", "lora_B"), 8, "adapter of layer 3: has rank 9, its run announced at most 8"),
         (("lora_A", "lora_B"), 9, ""),
         (("lora_A", "lora_C"), 9, "adapter of layer 3: tensor 'layers.2.self_attn.q_proj.lora_C': not a LoRA key"),
         (("lora_A",), 9, "adapter of layer 3: tensor 'layers.2.self_attn.q_proj.lora_B' is missing"),
     ):
-        write_tensors(path, {f"layers.2.self_attn.q_proj.{name}": shape for name in names})
+        write_tensors(path, {f"layers.2.self_attn.q_proj.{name}": shapes.get(name, shapes["lora_B"]) for name in names})
         if said:
             with pytest.raises(ProtocolError, match=re.escape(said)):
                 check_ranks((AdapterFile(2, str(path)),), most)
         else:
             check_ranks((AdapterFile(2, str(path)),), most)
+    for a, b in (((4,), (4, 4)), ((), (4, 4)), ((4, 9), (4, 9)), ((0, 4), (1 << 40, 0))):
+        write_tensors(path, {f"layers.2.self_attn.q_proj.lora_{f}": np.zeros(s, np.float32) for f, s in (("A", a), ("B", b))})
+        with pytest.raises(ProtocolError, match="adapter of layer 3: self_attn.q_proj: A .* are no factors of one matrix"):
+            check_ranks((AdapterFile(2, str(path)),), 9)
     path.write_bytes(b"\xff" * 64)
     with pytest.raises(ModelError, match="truncated or corrupt"):
         check_ranks((AdapterFile(2, str(path)),), 9)
