@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError, UnknownFamilyError
+from common.faults import fault
 from common.tensorfile import TensorFile, TensorInfo
 from common.types import ModelManifest, ModuleShape
 
@@ -159,6 +160,7 @@ def cached_fingerprint(checkpoint: Checkpoint, cache: Path, progress: Callable[[
     cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(fingerprint + "\n")
+    fault("common.fingerprint.written")
     temporary.replace(path)
     return fingerprint
 

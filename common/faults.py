@@ -36,10 +36,12 @@ DISK = frozenset({
     "server.log.append.before", "server.log.append.written", "server.endpoint.written",
     "server.object.arriving", "server.object.finished", "server.object.synced", "server.object.renamed", "server.object.discard",
     "server.aggregate.ledger", "server.aggregate.broadcast",
+    "server.quarantine.before", "server.certificate.written", "server.operator.written",
     "server.export.layer", "server.export.joined", "server.export.written",
     "device.state.write", "device.state.written", "device.state.renamed", "device.outbox.moved",
     "device.fetch.chunk", "device.fetch.complete", "device.guard.written", "device.health.written",
-    "worker.update.write", "worker.store.write", "worker.store.written",
+    "worker.update.write", "worker.store.write", "worker.store.written", "worker.spill.write",
+    "common.private.written", "common.fingerprint.written",
 })  # fmt: skip
 """Points where a disk that is full or broken would be met, so that `fail` there is what the code has to expect."""
 
@@ -71,7 +73,7 @@ POINTS: dict[str, str] = {
     "server.aggregate.ledger": "a layer's new ledger lies in scratch/",
     "server.aggregate.broadcast": "a layer's new broadcast adapter lies in scratch/",
     "server.aggregate.after": "all layers of a round are stored; no event says so yet",
-    # Objects in the server's store.
+    # Objects in the server's store. /which: update, ledger or broadcast, where it is known.
     "server.object.arriving": "a piece of an update has come in and is about to be appended",
     "server.object.arrived": "a piece of an update is appended",
     "server.object.finished": "a whole file is about to be synced and moved into the store",
@@ -80,6 +82,15 @@ POINTS: dict[str, str] = {
     "server.object.renamed": "the file has its digest's name; its folder is not synced",
     "server.object.stored": "the object is durable; nothing refers to it yet",
     "server.object.discard": "an object that nothing refers to any more is about to be removed",
+    # What the server finds in its directory that is damaged, or that nothing refers to.
+    "server.quarantine.before": "an object is damaged and about to be moved to quarantine/",
+    "server.quarantine.moved": "the damaged object is in quarantine/; its old folder is not synced, no event says so",
+    "server.sweep.scratch": "a file that an interrupted aggregation left is about to be removed",
+    "server.sweep.object": "an object that nothing refers to was found and is about to be removed",
+    "server.sweep.arrival": "what came in part from a device that is not expected to push is about to be removed",
+    # The server's own certificates.
+    "server.certificate.written": "server.pem is made anew; the audit trail does not say so yet",
+    "server.operator.written": "the operator's new certificate lies beside the old one",
     # Transfers, on the server.
     "server.fetch.before": "a device may fetch an object; nothing of it is sent",
     "server.fetch.chunk": "a piece of an object was sent",
@@ -106,6 +117,7 @@ POINTS: dict[str, str] = {
     "device.task.fetched": "the adapter's objects are here",
     "device.task.done": "the worker has answered; nobody was told",
     "device.run.ended": "the server said that the run is over; its files are still here",
+    "device.renewal.answered": "a new certificate has come; the old one is still in place",
     # Files of the daemon. /which: the file's kind, where there are several.
     "device.guard.written": "the count of tasks is written under a temporary name",
     "device.health.written": "the sign of life is written under a temporary name",
@@ -137,8 +149,14 @@ POINTS: dict[str, str] = {
     "worker.update.written": "the update is written and synced",
     "worker.store.write": "a quantized layer is about to be written",
     "worker.store.written": "a quantized layer is written under a temporary name",
+    "worker.spill.write": "activations are about to be written to the spill file",
+    "worker.spill.read": "spilled activations are about to be read back",
     "worker.task.done": "the result is known and not said",
     "worker.task.said": "the result was said",
+    # Files that both sides have. /which: the file's name.
+    "common.private.written": "a key or certificate is written and synced under a temporary name",
+    "common.private.renamed": "the key or certificate has its name; its directory is not synced",
+    "common.fingerprint.written": "the weights' fingerprint is written under a temporary name",
 }
 """Every point, by name: what has just happened there, or will happen next. After a slash a point may say which of a kind."""
 

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 from common.errors import StorageError
+from common.faults import fault
 from fp_client.tensors import bytes_view
 
 
@@ -42,6 +43,7 @@ class Spill:
         at = self._slot(size)
         view, done = bytes_view(tensor.detach().cpu().contiguous()), 0
         with self._failing("spilled"):
+            fault("worker.spill.write")
             while done < size:
                 done += os.pwrite(self._opened(), view[done:], at + done)
         self._outside[key] = (at, tensor.shape, tensor.dtype)
@@ -54,6 +56,7 @@ class Spill:
         out = torch.empty(shape, dtype=dtype)
         view, done = bytes_view(out), 0
         with self._failing("read back"):
+            fault("worker.spill.read")
             while done < len(view):
                 got = os.preadv(self._opened(), [view[done:]], at + done)
                 if got == 0:

@@ -68,7 +68,7 @@ def broadcast_path(machine: RunMachine, store: ObjectStore, layer: int) -> Path:
                 f"the adapter object of layer {layer + 1} of run {machine.name!r}: {why}; made again from the ledger it has "
                 f"other bytes; {_restore(digest)}"
             )
-        store.adopt(out, digest)
+        store.adopt(out, digest, "broadcast")
     except OSError as error:
         raise storage_error(out, error) from None
     finally:

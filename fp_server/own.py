@@ -10,6 +10,7 @@ from pathlib import Path
 from cryptography import x509
 
 from common.errors import IdentityError
+from common.faults import fault
 from common.files import sync_directory
 from common.transport.tls import identity_of, key_pem, load_key, new_key, renewable_from, write_private
 from fp_server import audit, books
@@ -56,6 +57,7 @@ class OwnCertificates:
         """
         with stored(self._directory):
             certificate = self._issuer.server(names, days)
+            fault("server.certificate.written")
         entry = Entry(SERVER, "issue", f"server.pem for {', '.join(names)}, valid until {books.until(certificate)}")
         self._database.run(lambda c: audit.append(c, entry))
         return certificate.not_valid_after_utc
@@ -96,6 +98,7 @@ def _replace_all(directory: Path, made: dict[str, bytes]) -> None:
     try:
         for name, data in made.items():
             write_private(directory / f"{name}.new", data)
+        fault("server.operator.written")
         for name in made:
             (directory / f"{name}.new").replace(directory / name)
         sync_directory(directory)

@@ -129,12 +129,12 @@ def aggregate_round(machine: RunMachine, store: ObjectStore, task: TaskKey, byte
             out = scratch.file()
             aggregate_layer(layer, manifest, contributions, previous, out, config.lora.start, given)
             fault("server.aggregate.ledger")
-            new_ledger = store.adopt(out)
+            new_ledger = store.adopt(out, kind="ledger")
             out = scratch.file()
             dropped = broadcast_layer(store.path(new_ledger.digest), layer, manifest, config.lora.broadcast_rank, out)
             energy = _dropped_energy(out, dropped)
             fault("server.aggregate.broadcast")
-            new_broadcast = store.adopt(out)
+            new_broadcast = store.adopt(out, kind="broadcast")
         except OSError as error:
             raise storage_error(store.scratch, error) from None
         finally:

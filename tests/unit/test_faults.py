@@ -48,8 +48,8 @@ def test_every_point_is_in_the_code_and_every_call_in_the_table() -> None:
     for where, call in calls():
         assert isinstance(call.args[0], ast.Constant), f"{where}: a point's name is a literal"
         names.append(str(call.args[0].value))
-        side = ("device", "worker") if where.startswith("fp_client") else ("server",)
-        assert names[-1].startswith(side), f"{where}: {names[-1]}"
+        sides = {"fp_client": ("device", "worker"), "fp_server": ("server",), "common": ("common", "device")}
+        assert names[-1].startswith(sides[where.partition("/")[0]]), f"{where}: {names[-1]}"
     assert set(names) == set(POINTS)
     assert set(POINTS) >= DISK
     assert all(text and not text.endswith(".") for text in POINTS.values())
