@@ -51,6 +51,8 @@ class Made:
     objects: int
     bytes: int
     warning: str = ""
+    left_out: tuple[str, ...] = ()
+    """Digests of damaged or missing objects that are not in it."""
 
 
 class _Sink(Protocol):
@@ -99,11 +101,12 @@ class _Hashed(io.RawIOBase):
         return data
 
 
-def backup(directory: Path, out: Path, seen: OnObject = lambda done, total: None) -> Made:
+def backup(directory: Path, out: Path, seen: OnObject = lambda done, total: None, without_damaged: bool = False) -> Made:
     """Back a data directory up to `out`: a tar archive when its name ends in ``.tar``, else a directory like the original.
 
     It appears whole or not at all. Raises ConfigError when `directory` is no server's or `out` exists or lies in it,
-    DamagedError when something to be copied is damaged, StorageError when `out` can't be written.
+    DamagedError when something to be copied is damaged (of objects only without `without_damaged`: it leaves these out),
+    StorageError when `out` can't be written.
     """
     if not (directory / "log.sqlite").exists() or not (directory / "server.toml").exists():
         raise ConfigError(f"{directory}: not a server directory; run this on the server's machine, with its --dir")
@@ -115,14 +118,33 @@ def backup(directory: Path, out: Path, seen: OnObject = lambda done, total: None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:  # 0700
-            with _snapshot(directory, Path(work) / "log.sqlite") as (log, objects, opened):
+            with _snapshot(directory, Path(work) / "log.sqlite", without_damaged) as (log, objects, opened):
+                lost = _damaged(directory, objects, opened) if without_damaged else ()
+                objects = [digest for digest in objects if digest not in lost]
                 made = _write(directory, Path(work), out, log, objects, opened, seen)
             sync_directory(out.parent)
     except OSError as error:
         raise storage_error(out, error) from None
     except sqlite3.Error as error:
         raise StorageError(f"{out}: the log can't be copied: {error}") from None
-    return Made(out, log.events, log.head, len(objects), made, warning)
+    return Made(out, log.events, log.head, len(objects), made, warning, lost)
+
+
+def _damaged(directory: Path, objects: list[str], opened: dict[str, IO[bytes]]) -> tuple[str, ...]:
+    """Those that are damaged or missing: looked for before anything is written, as nothing can be taken out of an archive."""
+    store, found = ObjectStore(directory, reading=True), list[str]()
+    for digest in objects:
+        if (file := opened.get(digest)) is not None:
+            sound = hashlib.file_digest(file, "sha256").hexdigest() == digest  # type: ignore[arg-type]
+            file.seek(0)
+        else:
+            try:
+                sound = bool(store.sound(digest))
+            except DamagedError:
+                sound = False
+        if not sound:
+            found.append(digest)
+    return tuple(found)
 
 
 def _enter(directory: Path, out: Path) -> str:
@@ -148,8 +170,11 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _snapshot(directory: Path, copy: Path) -> Iterator[tuple[_Log, list[str], dict[str, IO[bytes]]]]:
-    """A copy of the log, the objects it needs, and those of them opened that the server may remove at any moment."""
+def _snapshot(directory: Path, copy: Path, incomplete: bool) -> Iterator[tuple[_Log, list[str], dict[str, IO[bytes]]]]:
+    """A copy of the log, the objects it needs, and those of them opened that the server may remove at any moment.
+
+    `incomplete`: at the last try without those that are missing.
+    """
     store = ObjectStore(directory, reading=True)
     for attempt in range(TRIES):
         log, objects, living = _copy_log(directory, copy)
@@ -160,7 +185,8 @@ def _snapshot(directory: Path, copy: Path) -> Iterator[tuple[_Log, list[str], di
             opened: dict[str, IO[bytes]] = {}
             try:
                 for digest in living:
-                    opened[digest] = held.enter_context((directory / "objects" / digest[:2] / digest).open("rb"))
+                    with contextlib.suppress(*(FileNotFoundError,) if incomplete and attempt + 1 == TRIES else ()):
+                        opened[digest] = held.enter_context((directory / "objects" / digest[:2] / digest).open("rb"))
             except FileNotFoundError:
                 if attempt + 1 < TRIES:
                     copy.unlink()
@@ -224,7 +250,7 @@ def _write(
                 fill(_Archive(tar))
             file.flush()
             os.fsync(file.fileno())
-        os.link(made, out)  # which, unlike a rename, replaces nothing
+        _place(made, out)
     else:
         made.mkdir(mode=0o700)
         fill(_Directory(made))
@@ -233,15 +259,27 @@ def _write(
     return total
 
 
+def _place(made: Path, out: Path) -> None:
+    """Give a finished file its name, replacing nothing."""
+    try:
+        os.link(made, out)  # which, unlike a rename, replaces nothing
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
+        made.replace(out)
+
+
 def _add_object(directory: Path, sink: _Sink, digest: str, file: IO[bytes] | None) -> int:
     place = f"objects/{digest[:2]}/{digest}"
+    hint = f"; see `fp-server verify {directory}`, or use --without-damaged"
     with contextlib.ExitStack() as held:
         try:
             file = file or held.enter_context((directory / place).open("rb"))
         except FileNotFoundError:
-            raise DamagedError(f"{directory / place} is missing; see `fp-server verify {directory}`") from None
+            raise DamagedError(f"{directory / place} is missing{hint}") from None
         size, hashed = os.fstat(file.fileno()).st_size, _Hashed(file)
         sink.add(place, hashed, size, OBJECT)  # type: ignore[arg-type]
     if hashed.digest.hexdigest() != digest:
-        raise DamagedError(f"the bytes of {directory / place} are not what was written; see `fp-server verify {directory}`")
+        raise DamagedError(f"the bytes of {directory / place} are not what was written{hint}")
     return size

@@ -46,6 +46,9 @@ def backup(
         Path, typer.Option("--out", help="What to write: a directory, or an archive when it ends in .tar; must not exist.")
     ],
     dir: DataDirectory = HERE,
+    without_damaged: Annotated[
+        bool, typer.Option("--without-damaged", help="Leave damaged or missing objects out and name them, instead of giving up.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Copy a data directory, consistent while its server works: log, objects, configuration, certificates and all keys (0600)."""
@@ -53,7 +56,9 @@ def backup(
     from fp_server.views import size
 
     with err.status(Text(f"backing up {dir} to {target}")) as shown:
-        made = make(dir, target, lambda done, total: shown.update(f"copying objects, {done} of {total}"))
+        made = make(dir, target, lambda done, total: shown.update(f"copying objects, {done} of {total}"), without_damaged)
+    for digest in made.left_out:
+        err.print(f"warning: object {digest} is damaged or missing and not in the backup", highlight=False, soft_wrap=True)
     if made.warning:
         err.print(f"warning: {made.warning}", highlight=False, soft_wrap=True)
     if json_:

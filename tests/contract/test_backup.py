@@ -157,6 +157,31 @@ def test_nothing_is_replaced_and_nothing_half_made_is_left(stopped, tmp_path, mo
     assert nothing_left(place, "there")
 
 
+@pytest.mark.parametrize("name", ["new", "new.tar"])
+def test_a_damaged_object_can_be_left_out_and_is_named(stopped, tmp_path, name):
+    damaged, missing, *sound = sorted((stopped.directory / "objects").glob("??/*"))
+    flip(damaged)
+    missing.unlink()
+    made = tool("backup", "--dir", str(stopped.directory), "--out", str(tmp_path / name), "--without-damaged", "--json")
+    assert made.returncode == 0, made.stderr
+    found = json.loads(made.stdout)
+    assert set(found["left_out"]) == {damaged.name, missing.name} and found["objects"] == len(sound)
+    assert damaged.name in made.stderr and missing.name in made.stderr
+    if name == "new":
+        assert {path.name for path in (tmp_path / name / "objects").glob("??/*")} == {path.name for path in sound}
+
+
+def test_a_disk_without_hard_links_takes_an_archive(stopped, tmp_path, monkeypatch):
+    def none(source, target):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    assert backup(stopped.directory, tmp_path / "new.tar").objects > 0
+    with tarfile.open(tmp_path / "new.tar") as tar:
+        assert "log.sqlite" in tar.getnames()
+    assert (tmp_path / "new.tar").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_full_disk_leaves_nothing_and_says_so(stopped, tmp_path, monkeypatch):
     place = tmp_path / "backups"
 

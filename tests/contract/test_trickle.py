@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc.aio
 import pytest
@@ -71,8 +72,9 @@ def test_a_trickling_sender_is_out_of_the_round_and_its_push_ends(server: Server
     assert error_name(error) in ("NotFound", "TooLate"), error
 
 
-def test_who_does_not_read_what_it_fetches_loses_its_connection(server: Server):
-    """Bob takes the first piece of an adapter object and waits; the round goes on, and what he did not take never comes."""
+@pytest.mark.parametrize("pause", [60.0, 0.7], ids=["stops", "trickles"])
+def test_who_does_not_read_what_it_fetches_loses_its_place(server: Server, pause):
+    """Bob takes a piece of an adapter object and waits, or takes one now and then; the round goes on, and he never has all."""
 
     async def main():
         alice, bob = (Device(server, name, manifest=LARGE, units=2, chunk=CHUNK) for name in ("alice", "bob"))
@@ -81,10 +83,10 @@ def test_who_does_not_read_what_it_fetches_loses_its_connection(server: Server):
         async def take_a_piece(ref) -> tuple[int, int]:
             async with server.channel("bob") as channel:
                 call = objects_pb2_grpc.ObjectsStub(channel).Fetch(objects_pb2.FetchRequest(digest=ref.digest, offset=0))
-                came = len((await call.read()).data)
-                await asyncio.sleep(TIMEOUT + 4)  # more than a piece may take
+                came, ends = len((await call.read()).data), time.monotonic() + TIMEOUT + 4  # more than a piece may take
                 with pytest.raises(grpc.aio.AioRpcError):
                     while True:
+                        await asyncio.sleep(min(pause, max(0.0, ends - time.monotonic())))
                         came += len((await call.read()).data)
             return came, ref.size
 
