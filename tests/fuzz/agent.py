@@ -27,9 +27,10 @@ from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
 from fp_client.messages import TrainResult
 from fp_client.policy import Policy
-from fp_client.says import decode
+from fp_client.rpc import heard
 from fp_client.state import KEPT, Outbox, Runs
-from fuzz.decoders import METRICS, SERVER_MESSAGES, SPEC, message_of, shared_memory
+from fuzz.base import METRICS, SPEC, message_of, shared_memory
+from fuzz.decoders import SERVER_MESSAGES
 from fuzz.session import Alarm, Inline
 from fuzz.source import Source
 
@@ -102,8 +103,7 @@ class FakeSession:
             if self._source.left <= 0:
                 return
             message = message_of(session_pb2.ServerMessage, SERVER_MESSAGES, self._source.bytes(60))
-            if message is not None:
-                yield decode(message)
+            yield heard(message, "fuzz")
             for _ in range(self._source.below(30)):
                 await asyncio.sleep(0)
 
@@ -145,7 +145,7 @@ def agent(data: bytes) -> None:
     outside = [directory / name for name in ("x.json", "x.safetensors", "etc.json", "home.json")]
     for one in outside:
         one.write_bytes(b"not the daemon's")
-    logger = logging.getLogger("fp_client.agent")
+    logger = logging.getLogger("fp_client")
     logger.addHandler(alarm)
     loop = asyncio.new_event_loop()
     loop.set_default_executor(Inline(1))
@@ -164,4 +164,6 @@ def agent(data: bytes) -> None:
 def agent_seeds() -> list[bytes]:
     """Each message as it is, one after the other."""
     said = [bytes((3, 1, n, 0)) + bytes((20,)) for n in range(len(SERVER_MESSAGES))]
-    return [b"".join(said), b"".join(said[n] for n in (0, 1, 1, 2, 2, 3, 0, 2, 4)), b"".join(reversed(said))]
+    none = bytes((4, 0, 255, 255, 255, 5))  # a message that doesn't decode, in the middle of a session
+    orders = b"".join(said), b"".join(said[n] for n in (0, 1, 1, 2, 2, 3, 0, 2, 4)), b"".join(reversed(said))
+    return [*orders, said[0] + none + said[1] + none]

@@ -36,7 +36,7 @@ from fp_server.service import Sessions
 from fp_server.sessions import Session
 from fp_server.status import status
 from fp_server.validation import check_metrics, check_update
-from fuzz.decoders import shared_memory
+from fuzz.base import shared_memory
 from fuzz.source import TEXTS, Source, mutate
 
 DEVICES = ("alice", "bob", "carol")

@@ -53,7 +53,7 @@ class Source:
 
 def mutate(message: Message, source: Source, times: int = 2) -> None:
     """Change fields of a protobuf message, at any depth, to values at the edge of what they may hold, or beyond."""
-    for _ in range(times):
+    for _ in range(times if message.DESCRIPTOR.fields else 0):
         _mutate_field(message, source.of(message.DESCRIPTOR.fields), source)
 
 
@@ -96,3 +96,20 @@ def _value(field: FieldDescriptor, source: Source) -> Any:
 def _try(change: Any) -> None:
     with contextlib.suppress(ValueError, TypeError, OverflowError):  # nor could the wire carry it
         change()
+
+
+def _odd(source: Source) -> Any:
+    return source.of((None, True, [], {}, "x", source.of(TEXTS), source.of(INTEGERS), source.of(FLOATS), [1, "a"], {"a": 1}))
+
+
+def changed(value: Any, source: Source) -> Any:
+    """A JSON value with something in it, at any depth, another or gone."""
+    if not value or not isinstance(value, (dict, list)) or source.below(4) == 0:
+        return _odd(source)
+    key = source.of(list(value) if isinstance(value, dict) else range(len(value)))
+    out: Any = dict(value) if isinstance(value, dict) else list(value)
+    if source.below(8) == 1:
+        del out[key]
+    else:
+        out[key] = changed(out[key], source)
+    return out
