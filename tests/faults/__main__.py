@@ -1,10 +1,11 @@
 """`make faults`, `make faults-random`, `make faults-storage`: whole federations with a fault at every named point.
 
-    python -m tests.faults points|random|storage|sample --dir DIR [--seconds N] [--only WORDS] [--again]
-    python -m tests.faults report --dir DIR --out docs/reliability.md
+    python -m tests.faults points|random|storage|sample --dir DIR [--seconds N] [--only PATTERN] [--again] [--keep-older]
+    python -m tests.faults report --dir DIR --out docs/reliability.md [--keep-older]
 
-Results go to DIR/<mode>.jsonl, one line a case, as they come; a case that has its line is not done again (`--again`: those that
-failed are). A case that fails leaves its directory in DIR/failed.
+Results go to DIR/<mode>.jsonl, one line a case, as they come. A case that has a line of these sources is not done again, and when
+that line says that it failed, so does this command; `--again` plays those anew. A line of other sources counts for nothing,
+unless `--keep-older` is given. A case that fails leaves its directory in DIR/failed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -22,12 +24,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.faults import shadow, spawn
-from tests.faults.case import Case
-from tests.faults.cases import RANDOM, Trace, counted, point_cases, random_case, sample, storage_cases
+from tests.faults import shadow, sources, spawn
+from tests.faults.case import Case, Result
+from tests.faults.cases import EVENT, RANDOM, Trace, counted, point_cases, random_case, sample, storage_cases
 from tests.faults.fleet import play
 from tests.faults.ground import DEVICES, Ground
-from tests.faults.report import report
+from tests.faults.report import recorded, report
+from tests.faults.verdict import against, contradictions, refusals, same
 from tests.faults.workers import WorkerHost
 
 
@@ -57,66 +60,118 @@ def grounds(directory: Path) -> Iterator[tuple[Ground, Path]]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def undisturbed(ground: Ground, place: Path, directory: Path) -> tuple[dict[str, Any], Trace]:
-    """What an undisturbed run gives, and which points it passes. Fails when it gives something else than before."""
-    root, kept = place / "calm", directory / "calm.json"
-    result = play(ground, root, Case("undisturbed", trace=True), None)
-    assert result.outcome == "identical" and not result.restarts, result.why
-    names = ("server", *DEVICES, "export")
-    trace = counted({name: (root / "marks" / name / "trace").read_text().splitlines() for name in names})
-    before = json.loads(kept.read_text()) if kept.exists() else None
-    if before is not None:
-        same = all(before["found"][key] == result.found[key] for key in ("ledger", "broadcast", "adapter"))
-        assert same, f"two undisturbed runs differ: {kept} is of another version or machine; remove {directory} to begin anew"
-    kept.write_text(json.dumps({"found": result.found, "trace": trace}))
-    return result.found, trace
+class Played:
+    """Undisturbed runs and reference runs, and what came of the cases."""
+
+    def __init__(self, ground: Ground, place: Path, directory: Path) -> None:
+        self._ground, self._place, self._directory = ground, place, directory
+        self.sources, self.commit = sources.digest(), sources.commit()
+        self.expected: dict[bool, dict[str, Any]] = {}
+        self.traces: dict[bool, Trace] = {}
+        self._references: dict[str, dict[str, Any]] = {}
+
+    def undisturbed(self) -> None:
+        """Play the ordinary and the eventful federation: their bytes, and the points they pass. Fails when one gives something
+        else than it gave with the same sources."""
+        path = self._directory / "calm.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        before = kept.get("calm", {}) if kept.get("sources") == self.sources else {}
+        written: dict[str, Any] = {}
+        for eventful in (False, True):
+            root, name = self._place / "calm", "eventful" if eventful else "ordinary"
+            case = Case(f"undisturbed, {name}", {"server": [dict(EVENT)]} if eventful else {}, trace=True, eventful=eventful)
+            result = play(self._ground, root, case, None)
+            if result.outcome != "identical" or result.restarts:
+                keep(root, self._directory, case.name)
+            assert result.outcome == "identical" and not result.restarts, f"{case.name}: {result.why}"
+            processes = ("server", *DEVICES, "export")
+            trace = counted({one: (root / "marks" / one / "trace").read_text().splitlines() for one in processes})
+            same_as_before = name not in before or same(before[name]["found"], result.found)
+            assert same_as_before, f"two undisturbed runs differ: {path} is of another machine; remove {self._directory}"
+            self.expected[eventful], self.traces[eventful] = result.found, trace
+            written[name] = {"found": result.found, "trace": trace}
+        path.write_text(json.dumps({"sources": self.sources, "calm": written}))
+
+    def reference(self, case: Case, found: dict[str, Any]) -> dict[str, Any] | str:
+        """What a run gives in which the same devices fail at the same tasks, and nothing else happens; or why there is none."""
+        refuse = refusals(found)
+        key = json.dumps(
+            [
+                case.eventful,
+                [[device, [[o["task"], o["stage"], o["error"]] for o in refuse[device]]] for device in sorted(refuse)],
+            ]
+        )
+        if key not in self._references:
+            faults = {"server": [dict(EVENT)]} if case.eventful else {}
+            calm = Case(f"reference of {case.name}", faults, eventful=case.eventful, refuse=refuse)
+            result = play(self._ground, self._place / "reference", calm, None)
+            if result.outcome == "failed":
+                keep(self._place / "reference", self._directory, calm.name)
+                return f"the reference run has failed: {result.why}"
+            self._references[key] = result.found
+        return self._references[key]
+
+    def play(self, case: Case) -> Result:
+        """A case, and where it has other bytes than the undisturbed run, whether they are those of its reference."""
+        result = play(self._ground, self._place / "case", case, self.expected[case.eventful])
+        result.sources, result.commit = self.sources, self.commit
+        if result.outcome == "other":
+            reference = self.reference(case, result.found)
+            result.outcome, result.why = ("failed", reference) if isinstance(reference, str) else against(result.found, reference)
+        if result.outcome == "failed":
+            keep(self._place / "case", self._directory, case.name)
+        return result
 
 
-def recorded(path: Path, again: bool) -> dict[str, str]:
-    """Case -> outcome of what was done before. `again`: forget what failed."""
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    if again:
-        lines = [line for line in lines if line["outcome"] != "failed"]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {line["name"]: line["outcome"] for line in lines}
+def keep(root: Path, directory: Path, name: str) -> None:
+    """Copy the directory of a case that has failed."""
+    kept = directory / "failed" / name.replace("/", "_").replace(" ", "_")
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(root, kept, symlinks=True, ignore=shutil.ignore_patterns("*.sock", "*.asking"))
 
 
-def sweep(cases: list[Case], ground: Ground, place: Path, path: Path, expected: dict[str, Any], seconds: float) -> int:
-    """Do the cases, writing each as it ends, for so many seconds; how many failed."""
-    done, failed, ends = recorded(path, False), 0, time.monotonic() + seconds
+def sweep(cases: list[Case], played: Played, path: Path, seconds: float, older: bool) -> int:
+    """Do the cases that have no line yet, writing each as it ends, for so many seconds; how many have failed, now or before."""
+    ends = time.monotonic() + seconds
+    done = {line["name"] for line in recorded(path, "" if older else played.sources)}
     for case in cases:
         if case.name in done:
             continue
         if time.monotonic() > ends:
             print("out of time: call again to go on")
             break
-        root = place / "case"
-        result = play(ground, root, case, expected)
-        line = {key: value for key, value in asdict(result).items() if key != "found"}
+        result = played.play(case)
         with path.open("a") as out:
-            out.write(json.dumps(line) + "\n")
+            out.write(json.dumps({**asdict(result), "eventful": case.eventful}) + "\n")
         print(f"{result.outcome:9} {result.seconds:5.1f} s  {case.name}  {result.why[:160]}", flush=True)
-        if result.outcome == "failed":
-            failed += 1
-            kept = path.parent / "failed" / case.name.replace("/", "_").replace(" ", "_")
-            shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(root, kept, symlinks=True, ignore=shutil.ignore_patterns("*.sock"))
-    counts = list(recorded(path, False).values())
-    print(f"{path.name}: " + ", ".join(f"{counts.count(what)} {what}" for what in sorted(set(counts))))
-    return failed
+    names = {case.name for case in cases}
+    lines = [line for line in recorded(path, "" if older else played.sources) if line["name"] in names]
+    outcomes = [line["outcome"] for line in lines]
+    print(f"{path.name}: " + ", ".join(f"{outcomes.count(what)} {what}" for what in sorted(set(outcomes))))
+    failed = [line["name"] for line in lines if line["outcome"] == "failed"]
+    if failed:
+        print(f"failed (played again with --again): {'; '.join(failed)}")
+    differing = contradictions(lines)
+    print("\n".join(differing) if differing else "all cases with the same history have the same bytes")
+    return len(failed) + len(differing)
 
 
-def cases_of(mode: str, trace: Trace) -> list[Case]:
+def forget_failed(path: Path) -> None:
+    """Drop the lines of what failed, so that it is played again."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if lines:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["outcome"] != "failed"))
+
+
+def cases_of(mode: str, traces: dict[bool, Trace]) -> list[Case]:
     """The cases of a mode."""
     if mode == "points":
-        return point_cases(trace)
+        return point_cases(traces[False], traces[True])
     if mode == "sample":
-        return [case for case in sample(trace) if not case.power or shadow.compiler()]
+        return [case for case in sample(traces[False], traces[True]) if not case.power or shadow.compiler()]
     if mode == "storage":
-        return storage_cases(trace)
-    return [random_case(seed, trace) for seed in range(RANDOM)]
+        return storage_cases(traces[False], traces[True])
+    return [random_case(seed, traces[False]) for seed in range(RANDOM)]
 
 
 def with_shadow(directory: Path) -> bool:
@@ -139,19 +194,22 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--only", default="")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--keep-older", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     given.dir.mkdir(parents=True, exist_ok=True)
     if given.mode == "report":
-        return report(given.dir, given.out)
+        return report(given.dir, given.out, given.keep_older)
     if given.mode in ("storage", "sample") and not with_shadow(given.dir) and given.mode == "storage":
         return 0
     path = given.dir / f"{given.mode}.jsonl"
-    recorded(path, given.again)
+    if given.again:
+        forget_failed(path)
     with grounds(given.dir.resolve()) as (ground, place):
-        expected, trace = undisturbed(ground, place, given.dir)
-        cases = [case for case in cases_of(given.mode, trace) if given.only in case.name]
-        return 1 if sweep(cases, ground, place, path, expected, given.seconds) else 0
+        played = Played(ground, place, given.dir)
+        played.undisturbed()
+        cases = [case for case in cases_of(given.mode, played.traces) if re.search(given.only, case.name)]
+        return 1 if sweep(cases, played, path, given.seconds, given.keep_older) else 0
 
 
 if __name__ == "__main__":

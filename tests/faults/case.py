@@ -16,11 +16,15 @@ class Case:
     proxied: bool = False
     trace: bool = False
     must: bool = True
-    """Whether every fault has to happen."""
+    """Whether every fault has to happen, and has to find something to act on."""
     power: str = ""
     """Which machine's disk is the storage fake's (server, alpha or export); then nothing unsynced outlives the case, either."""
     chance: int | None = None
     """Seed of what survives unsynced; None: nothing does."""
+    eventful: bool = False
+    """The federation in which more than usual happens by itself (`ground.Ground.liven`)."""
+    refuse: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    """Device -> tasks it fails at, for a reference run in which nothing else goes wrong (`disturb`)."""
 
 
 @dataclass
@@ -32,5 +36,9 @@ class Result:
     why: str
     seconds: float
     happened: list[str]
+    """The faults that have happened; one that found nothing to act on says so."""
     restarts: int
     found: dict[str, Any]
+    sources: str = ""
+    """Digest of the sources it was played with (`sources.py`)."""
+    commit: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from common.faults import DISK, POINTS
@@ -11,7 +12,8 @@ from tests.faults.case import Case
 
 WRITING = (
     "server.log", "server.object", "server.push", "server.aggregate", "server.export", "device.state", "device.outbox",
-    "device.fetch", "device.push", "worker.update", "worker.store",
+    "device.fetch", "device.push", "worker.update", "worker.store", "worker.spill", "server.quarantine", "server.sweep",
+    "server.certificate", "server.operator", "device.renewal", "common",
 )  # fmt: skip
 """Where something is being written, or has just been; elsewhere it makes no difference how much of nothing is left."""
 
@@ -21,7 +23,16 @@ Trace = dict[str, dict[str, int]]
 RANDOM = 100
 """Seeds of random schedules that are played."""
 
-UNSTEADY = ("/progress", "device.health.written", "worker.task.step", "server.fetch", "device.fetch", "server.object.")
+LONG = 20
+"""In one of so many random schedules something lasts for `LASTING` instead of a moment."""
+SILENT = ("net:halfopen", "freeze:server", "freeze:alpha", "net:halfopen", "freeze:beta")
+LASTING = 40
+"""Seconds after which keepalive (20 s, and 10 s for the answer) has ended a session whose other side is silent."""
+
+UNSTEADY = (
+    "/progress", "device.health.written", "worker.task.step", "server.fetch", "device.fetch", "server.object.arriv",
+    "server.object.discard", "server.object.folder", "server.sweep", "common",
+)  # fmt: skip
 """What a run passes more or less often, by its timing; the first time is certain."""
 
 
@@ -30,16 +41,57 @@ def counted(lines: dict[str, list[str]]) -> Trace:
     return {name: dict(Counter(line.split()[2] for line in text)) for name, text in lines.items()}
 
 
-def hit_of(point: str, times: int) -> int:
-    """In the middle of the run, where that is certain to come."""
-    return 1 if any(part in point for part in UNSTEADY) else (times + 1) // 2
+PLACES = ("server", "alpha", "export")
+"""Processes whose points are tried; beta's are alpha's."""
+
+EVENT: dict[str, Any] = {"at": "server.review.before", "do": "ask:flip:objects"}
+"""What an eventful federation's server has besides (`ground.liven`): an update is damaged, so that it is quarantined."""
 
 
-def place(point: str) -> str:
-    """The process that passes a point."""
-    if point.startswith("server.export"):
-        return "export"
-    return "server" if point.startswith("server") else "alpha"
+@dataclass(frozen=True)
+class Passed:
+    """A point that is tried, and where."""
+
+    point: str
+    place: str
+    times: int
+    eventful: bool
+
+    def case(self, name: str, do: str, **more: Any) -> Case:
+        """Something is done there. The hit is in the middle of the run, where that is certain to come."""
+        fault = {"at": self.point, "hit": self.hit, "do": do}
+        faults: dict[str, list[dict[str, Any]]] = {"server": [dict(EVENT)]} if self.eventful else {}
+        faults.setdefault(self.place, []).append(fault)
+        return Case(f"{self.point} {name}", faults, eventful=self.eventful, **more)
+
+    @property
+    def hit(self) -> int:
+        """The first where it is passed more or less often."""
+        return 1 if any(part in self.point for part in UNSTEADY) else (self.times + 1) // 2
+
+
+def passed(trace: Trace, eventful: Trace) -> list[Passed]:
+    """The points of an ordinary run, then those that only an eventful one has; each in the order of `POINTS`."""
+    found: dict[str, Passed] = {}
+    for lively, one in ((False, trace), (True, eventful)):
+        for name in PLACES:
+            for point, times in one.get(name, {}).items():
+                known = point in found or (lively and not point.startswith(LIVELY))
+                if not known:
+                    found[point] = Passed(point, name, times, lively)
+    return sorted(found.values(), key=lambda one: (one.eventful, list(POINTS).index(one.point.partition("/")[0]), one.point))
+
+
+LIVELY = (
+    "server.quarantine",
+    "server.sweep",
+    "server.certificate",
+    "server.operator",
+    "device.renewal",
+    "worker.spill",
+    "common",
+)
+"""What an eventful run is for; what else it passes, the ordinary one does as well."""
 
 
 def stops(do: str) -> dict[str, list[dict[str, Any]]]:
@@ -52,27 +104,22 @@ def stops(do: str) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def point_cases(trace: Trace) -> list[Case]:
+def point_cases(trace: Trace, eventful: Trace) -> list[Case]:
     """Every point that is passed: its own side killed there, and the other side; where it is at a disk, that is full."""
     cases: list[Case] = []
-    points = {point: times for name in ("server", "alpha", "export") for point, times in trace[name].items()}
-    for point, times in sorted(points.items(), key=lambda item: (list(POINTS).index(item[0].partition("/")[0]), item[0])):
-        where, hit = place(point), hit_of(point, times)
-
-        def case(side: str, do: str, point: str = point, where: str = where, hit: int = hit) -> Case:
-            return Case(f"{point} {side}", {where: [{"at": point, "hit": hit, "do": do}]})
-
-        if where == "server":
-            cases += [case("kill server", "kill"), case("kill device", "ask:kill:alpha")]
-        elif where == "alpha":
-            own = "ask:kill:alpha" if point.startswith("worker") else "kill"
-            cases += [case("kill device", own), case("kill server", "ask:kill:server")]
-            if point.startswith("worker"):
-                cases.append(case("kill worker", "kill"))
+    for one in passed(trace, eventful):
+        if one.place == "server":
+            cases += [one.case("kill server", "kill"), one.case("kill device", "ask:kill:alpha")]
+        elif one.place == "alpha":
+            worker = one.point.startswith("worker")
+            cases.append(one.case("kill device", "ask:kill:alpha" if worker else "kill"))
+            cases.append(one.case("kill server", "ask:kill:server"))
+            if worker:
+                cases.append(one.case("kill worker", "kill"))
         else:
-            cases.append(case("kill server", "kill"))
-        if point.partition("/")[0] in DISK:
-            cases.append(case("disk full", "fail:ENOSPC"))
+            cases.append(one.case("kill server", "kill"))
+        if one.point.partition("/")[0] in DISK:
+            cases.append(one.case("disk full", "fail:ENOSPC"))
     for point in ("server.stop.draining", "server.stop.closed"):
         cases.append(Case(f"{point} kill server", stops(f"kill {point}")))
         cases.append(Case(f"{point} kill device", stops(f"ask:kill:alpha {point}")))
@@ -94,19 +141,17 @@ def first_of_each(cases: list[Case]) -> list[Case]:
     return [case for _, _, case in sorted(ranked, key=lambda one: one[:2])]
 
 
-def storage_cases(trace: Trace) -> list[Case]:
+def storage_cases(trace: Trace, eventful: Trace) -> list[Case]:
     """At every point the power of its machine goes: with all that was not synced, and with some of it."""
     cases = []
-    points = {point: times for name in ("server", "alpha", "export") for point, times in trace[name].items()}
-    ordered = sorted(points, key=lambda name: (list(POINTS).index(name.partition("/")[0]), name))
     for chance in (None, 1):
-        for number, point in enumerate(ordered):
-            if chance is not None and not point.startswith(WRITING):
+        for number, one in enumerate(passed(trace, eventful)):
+            if chance is not None and not one.point.startswith(WRITING):
                 continue
-            where, how = place(point), "nothing unsynced is left" if chance is None else "some of it is left"
-            fault = {"at": point, "hit": hit_of(point, points[point]), "do": f"ask:power:{where}"}
+            how = "nothing unsynced is left" if chance is None else "some of it is left"
             seed = None if chance is None else number
-            cases.append(Case(f"{point} power fails, {how}", {where: [fault]}, trace=True, power=where, chance=seed))
+            power = f"ask:power:{one.place}"
+            cases.append(one.case(f"power fails, {how}", power, trace=True, power=one.place, chance=seed))
     return cases
 
 
@@ -114,16 +159,18 @@ SAMPLE = (
     "server.log.append.written/UpdateAccepted kill server",
     "device.outbox.moved kill device",
     "device.push.middle kill server",
-    "server.object.synced disk full",
-    "server.object.renamed power fails, nothing unsynced is left",
+    "server.object.synced/update disk full",
+    "server.object.renamed/ledger power fails, nothing unsynced is left",
     "device.state.renamed/runs power fails, nothing unsynced is left",
+    "worker.update.write disk full",
+    "common.private.written/device.pem kill device",
 )
 """What `make test` plays, and one random schedule."""
 
 
-def sample(trace: Trace) -> list[Case]:
+def sample(trace: Trace, eventful: Trace) -> list[Case]:
     """A few of each kind. Raises KeyError when a point is no longer passed."""
-    known = {case.name: case for case in (*point_cases(trace), *storage_cases(trace))}
+    known = {case.name: case for case in (*point_cases(trace, eventful), *storage_cases(trace, eventful))}
     return [*(known[name] for name in SAMPLE), random_case(0, trace)]
 
 
@@ -131,13 +178,20 @@ def random_case(seed: int, trace: Trace, faults: int = 3) -> Case:
     """A schedule of several faults, the same for the same seed."""
     rng = random.Random(seed)
     out: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(faults):
+    for number in range(faults):
         name = rng.choice(("server", "server", "alpha", "beta"))
         points = sorted(point for point in trace[name] if "start" not in point.split(".")[1] or name != "server")
         point = rng.choice(points)
         hit = rng.randint(1, max(1, trace[name][point] // 2))
-        out.setdefault(name, []).append({"at": point, "hit": hit, "do": deed(rng, name, point)})
+        what = deed(rng, name, point)
+        if seed % LONG == LONG // 2 and number == 0:
+            what = f"ask:{SILENT[seed // LONG % len(SILENT)]}:{LASTING}"
+        out.setdefault(name, []).append({"at": point, "hit": hit, "do": what})
     return Case(f"seed {seed:03}", out, proxied=True, must=False)
+
+
+JUMPS = (-240, 240, -3600, 3600, 7200, -86_400, 86_400, 6_048_000)
+"""Seconds by which a clock is set: up to 70 days ahead, where certificates are due to be renewed."""
 
 
 def deed(rng: random.Random, name: str, point: str) -> str:
@@ -150,10 +204,10 @@ def deed(rng: random.Random, name: str, point: str) -> str:
         (2, f"ask:net:delay:{rng.uniform(0.05, 0.4):.2f}:3"),
         (2, f"ask:freeze:{rng.choice((name, other))}:{rng.uniform(0.5, 3):.1f}"),
         (1, f"delay:{rng.uniform(0.2, 2):.1f}"),
-        (2, f"ask:jump:{rng.choice((name, other))}:{rng.choice((-240, 240, 7200, 6_048_000))}"),
+        (3, f"ask:jump:{rng.choice((name, other))}:{rng.choice(JUMPS)}"),
         (3, f"ask:mischief:{rng.choice((name, other))}:{rng.choice(('twice', 'late', 'swap'))}"),
         (2, f"ask:flip:{rng.choice(('cache', 'outbox', 'partial', 'objects'))}"),
     ]  # fmt: skip
-    if point.partition("/")[0] in DISK and name == "server":
+    if point.partition("/")[0] in DISK:
         choices.append((8, "fail:ENOSPC"))
     return rng.choices([what for _, what in choices], [weight for weight, _ in choices])[0]

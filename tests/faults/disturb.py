@@ -1,4 +1,5 @@
-"""What a daemon under test has besides its own code: a clock that can jump, and messages that come twice, late or swapped.
+"""What a daemon under test has besides its own code: a clock that can jump, messages that come twice, late or swapped, and a copy
+of every object that comes into the server's store; in a reference run, tasks that its device fails at.
 
 All of it is asked for from outside, by files in the process's directory of marks, and installed after the fork.
 """
@@ -7,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import json
+import shutil
 import sys
 import time
+import types
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,17 @@ LATE = 1.5
 
 def install(marks: Path) -> None:
     """In a daemon's process, before its `main`."""
-    _clock(marks / "clock")
+    clock(marks / "clock")
     _messages(marks / "mischief")
+    if marks.name == "server":
+        _keep(marks.parent.parent / "kept")
+    if (marks / "refuse").exists():
+        _refuse(json.loads((marks / "refuse").read_text()))
 
 
-def _clock(path: Path) -> None:
+def clock(path: Path, issuing: bool = False) -> None:
+    """Time as the product sees it is off by the seconds in a file. `issuing`: certificates begin by that time, too; else by the
+    real one, which is what TLS goes by."""
     real = time.time
 
     def skew() -> float:
@@ -37,8 +47,16 @@ def _clock(path: Path) -> None:
         def now(cls, tz: Any = None) -> Any:
             return datetime.datetime.fromtimestamp(real() + skew(), tz)
 
+    own = types.ModuleType(
+        "time"
+    )  # gRPC's deadlines: its core goes by the real clock, and would find each of them over, or far off
+    own.__dict__.update(vars(time))
     time.time = lambda: real() + skew()
     for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "grpc" and getattr(module, "time", None) is time:
+            module.time = own  # type: ignore[attr-defined]
+        if name == "fp_server.certificates" and not issuing:
+            continue
         if name.split(".")[0] in ("common", "fp_server", "fp_client") and getattr(module, "datetime", None) is datetime.datetime:
             module.datetime = Clock  # type: ignore[attr-defined]
 
@@ -104,3 +122,38 @@ def _messages(path: Path) -> None:
 
     sessions.Session.say = said  # type: ignore[method-assign]
     rpc.Session._send = sent  # type: ignore[method-assign]
+
+
+def _keep(kept: Path) -> None:
+    """Copy each object when it has come into the store and nobody knows yet; and note of what kind it is."""
+    from fp_server.objects import ObjectStore
+
+    adopt = ObjectStore.adopt
+
+    def adopted(self: Any, source: Path, digest: str | None = None, kind: str = "update") -> Any:
+        ref = adopt(self, source, digest, kind)
+        if not (kept / ref.digest).exists():
+            (kept / f"{ref.digest}.kind").write_text(kind)
+            shutil.copyfile(self.path(ref.digest), kept / f"{ref.digest}.new")
+            (kept / f"{ref.digest}.new").replace(kept / ref.digest)
+        return ref
+
+    ObjectStore.adopt = adopted  # type: ignore[method-assign]
+
+
+def _refuse(tasks: list[dict[str, str]]) -> None:
+    """The device fails at these tasks, before it begins, with the error that the log of another run has for them."""
+    from common import errors
+    from fp_client import agent
+
+    def failing(stage: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        async def tried(self: Any, spec: Any, task: Any) -> None:
+            for one in tasks:
+                if one["stage"] == stage and one["task"] == f"{task.key.round}/{task.key.attempt}":
+                    raise getattr(errors, one["error"], errors.WorkerError)(one["message"])
+            await work(self, spec, task)
+
+        return tried
+
+    agent.Agent._probe = failing("probe", agent.Agent._probe)  # type: ignore[method-assign]
+    agent.Agent._train = failing("train", agent.Agent._train)  # type: ignore[method-assign]

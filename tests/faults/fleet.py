@@ -15,8 +15,10 @@ from typing import Any
 from common.errors import StorageError
 from tests.faults import disturb, proxy, shadow, spawn
 from tests.faults.case import Case, Result
-from tests.faults.ground import DEVICES, Ground, armed, free_port
-from tests.faults.verdict import inspect, judge, missing
+from tests.faults.deeds import NOTHING, Asked, acted, ended, kills, thaw
+from tests.faults.evidence import inspect, missing
+from tests.faults.ground import DEVICES, ROUNDS, Ground, armed, free_port, liven
+from tests.faults.verdict import judge
 
 LONGEST = 150.0
 """Seconds a case may take on a busy machine; some six are usual on an idle one."""
@@ -35,11 +37,18 @@ class Fleet:
         self.pids: dict[str, int] = {}
         self.killed: set[int] = set()
         self.problems: list[str] = []
-        self.restarts = 0
+        self.restarts, self.spared = 0, 0
         self.flipped: list[str] = []
+        self._asked = Asked(self)
         self._thaw: list[tuple[float, int]] = []
         self._ended_at, self._server_from = 0.0, 0
         (root / "out").mkdir()
+        (root / "kept").mkdir()
+        for name, tasks in case.refuse.items():
+            (root / "marks" / name).mkdir(parents=True)
+            (root / "marks" / name / "refuse").write_text(json.dumps(tasks))
+        if case.eventful:
+            self._in_a_process(lambda: liven(root))
         if case.power:
             shadow.begin(self.disk(case.power), root / "shadow")
 
@@ -72,8 +81,9 @@ class Fleet:
         """Where a process keeps what it keeps."""
         return self.root / ("out" if name == "export" else name)
 
-    def lose_power(self, name: str) -> None:
-        """The machine of a process goes down; what was not synced is gone. Whatever somebody was told must still be there."""
+    def lose_power(self, name: str) -> bool:
+        """The machine of a process goes down; what was not synced is gone. Whatever somebody was told must still be there.
+        Whether it was up."""
         if (pid := self.pids.pop(name, None)) is not None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -81,10 +91,13 @@ class Fleet:
         rng = None if self.case.chance is None else random.Random(self.case.chance)
         shadow.lose(self.disk(name), self.root / "shadow", rng)
         if name != "export":
-            self.problems += self._in_a_process(lambda: missing(self.root, name))
+            damaged = [Path(path).name for path in self.flipped]  # on purpose, and perhaps not seen yet
+            lost = self._in_a_process(lambda: missing(self.root, name))
+            self.problems += [text for text in lost if not any(digest in text for digest in damaged)]
         if pid is not None:
             self.restarts += 1
             self.start(name)
+        return pid is not None
 
     def _in_a_process(self, work: Callable[[], Any]) -> Any:
         """What `work` gives, done in a process of its own."""
@@ -93,11 +106,22 @@ class Fleet:
         code = spawn.wait(spawn.spawn(lambda: out.write_text(json.dumps(work())), log, {}))
         return json.loads(out.read_text()) if code == 0 else [f"the directory can't be read: {self.log('inspect')[-600:]}"]
 
-    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Signal a process; it is started again when it has ended."""
-        if (pid := self.pids.get(name)) is not None:
-            self.killed.add(pid)
-            os.kill(pid, number)
+    def kill(self, name: str, number: int = signal.SIGKILL) -> bool:
+        """Signal a process; it is started again when it has ended. Whether it was there."""
+        if (pid := self.pids.get(name)) is None or ended(pid):
+            return False
+        self.killed.add(pid)
+        os.kill(pid, number)
+        return True
+
+    def freeze(self, name: str, seconds: float) -> bool:
+        """Stop a process for a while. Whether it was there."""
+        if (pid := self.pids.get(name)) is None or ended(pid):
+            return False
+        os.kill(pid, signal.SIGSTOP)
+        until = max([time.monotonic() + seconds, *(at for at, frozen in self._thaw if frozen == pid)])
+        self._thaw = [*((at, frozen) for at, frozen in self._thaw if frozen != pid), (until, pid)]
+        return True
 
     def log(self, name: str) -> str:
         """What a process has said."""
@@ -125,6 +149,7 @@ class Fleet:
                 self.problems.append(f"not finished within {LONGEST:.0f} s")
                 return
             self._step()
+        self._reap()  # one that was killed in the last moment is started again, too
 
     def export(self) -> None:
         """Export from the directory, again when that is killed."""
@@ -135,14 +160,9 @@ class Fleet:
 
     def _step(self) -> None:
         self._operate()
-        self._asked()
+        self._asked.answer()
         self._reap()
-        now = time.monotonic()
-        for at, pid in list(self._thaw):
-            if now >= at:
-                self._thaw.remove((at, pid))
-                if pid in self.pids.values():
-                    os.kill(pid, signal.SIGCONT)
+        self._thaw = thaw(self._thaw, set(self.pids.values()))
         time.sleep(0.02)
 
     def _operate(self) -> None:
@@ -187,7 +207,8 @@ class Fleet:
             full = code == StorageError.exit_code and "fail:ENOSPC" in str(self.case.faults.get(name))  # it has said so
             struck = pid in self.killed or code == -signal.SIGKILL or full
             if name == "export" and (code == 0 or (struck and (self.root / "out" / "adapter").exists())):
-                continue  # killed after the rename, it is whole: its bytes are compared
+                self.spared += code != 0  # killed after the rename, it is whole: its bytes are compared
+                continue
             if not struck:  # nobody has killed it, and no fault either
                 self.problems.append(f"{name} ended by itself, exit code {code}: {self.log(name)[-400:]}")
                 if len(self.problems) > 5:
@@ -195,56 +216,38 @@ class Fleet:
             self.restarts += 1
             self.start(name)
 
-    # -- what faults ask for -------------------------------------------------------------------
-
-    def _asked(self) -> None:
-        for path in (self.root / "marks").glob("*/*.asked"):
-            done = path.with_suffix(".done")
-            if not done.exists() and (words := path.read_text()):  # not caught between its creation and its writing
-                self.act(path.parent.name, words)
-                done.touch()
-
-    def act(self, who: str, words: str) -> None:
-        """Do from outside what a process at a fault point has asked for."""
-        what, *rest = words.split(":")
-        if what == "kill":
-            self.kill(rest[0])
-        elif what == "term":
-            self.kill(rest[0], signal.SIGTERM)
-        elif what == "freeze":
-            if (pid := self.pids.get(rest[0])) is not None:
-                os.kill(pid, signal.SIGSTOP)
-                self._thaw.append((time.monotonic() + float(rest[1]), pid))
-        elif what == "power":
-            self.lose_power(rest[0])
-        elif what == "jump":
-            path = self.root / "marks" / rest[0] / "clock"
-            path.write_text(str(float(path.read_text() if path.exists() else 0) + float(rest[1])))
-        elif what == "mischief":
-            (self.root / "marks" / rest[0] / "mischief").write_text(rest[1])
-        elif what == "flip":
-            self.flipped += flip(self.root, rest[0])
-        elif what == "net":
-            proxy.tell(self.root / "proxy.sock", " ".join(rest))
-        else:
-            raise ValueError(words)
-
     # -- the end -------------------------------------------------------------------------------
 
     def happened(self) -> list[str]:
-        """The faults that have happened, as ``process: deed at point``."""
+        """The faults that have happened, as ``process: deed at point``, and whether they found something to act on."""
         found = [f"flipped a bit of {name}" for name in self.flipped]
-        for name, faults in self.case.faults.items():
-            for number, one in enumerate(faults):
-                if (self.root / "marks" / name / f"fault-{number}").exists():
-                    found.append(f"{name}: {one['do']} at {one['at']}#{one.get('hit', 1)}")
+        for name, number, one in self._faults():
+            if (self.root / "marks" / name / f"fault-{number}").exists():
+                nothing = "" if acted(self.root / "marks", name, number, one["do"]) else NOTHING
+                found.append(f"{name}: {one['do']} at {one['at']}#{one.get('hit', 1)}{nothing}")
         return found
+
+    def _faults(self) -> list[tuple[str, int, dict[str, Any]]]:
+        return [(name, number, one) for name, faults in self.case.faults.items() for number, one in enumerate(faults)]
 
     def _happened_all(self, names: tuple[str, ...]) -> bool:
         marks = self.root / "marks"
-        return all(
-            (marks / name / f"fault-{number}").exists() for name in names for number in range(len(self.case.faults.get(name, [])))
-        )
+        return all((marks / name / f"fault-{number}").exists() for name, number, _ in self._faults() if name in names)
+
+    def _vacuous(self) -> str:
+        """Why this case has tried nothing, if it has not: its faults did not happen, or nobody noticed."""
+        happened = self.happened()
+        if self.case.must and not self._happened_all(tuple(self.case.faults)):
+            return "a fault did not happen"
+        if self.case.must and (idle := [text for text in happened if text.endswith(NOTHING)]):
+            return "; ".join(idle)
+        marks = self.root / "marks"
+        killing = [
+            (marks / name / f"fault-{number}").exists() and acted(marks, name, number, one["do"])
+            for name, number, one in self._faults()
+            if kills(name, one["at"], one["do"])
+        ]
+        return "a process was killed, and none was started again" if any(killing) and not self.restarts + self.spared else ""
 
     def judged(self, expected: dict[str, Any] | None, seconds: float) -> Result:
         """The verdict, from the directory that is left."""
@@ -253,15 +256,15 @@ class Fleet:
             self.lose_power(self.case.power)
             self.close()
         if not self.problems:
-            found = self._in_a_process(lambda: inspect(self.root / "server", self.root / "out" / "adapter"))
+            found = self._in_a_process(lambda: inspect(self.root / "server", self.root / "out" / "adapter", self.flipped))
             if isinstance(found, list):
                 self.problems, found = found, {}
         if self.problems:
             outcome, why = "failed", "; ".join(self.problems)
         else:
-            outcome, why = judge(found, expected)
-            if self.case.must and not self._happened_all(tuple(self.case.faults)):
-                outcome, why = "failed", "a fault did not happen"
+            outcome, why = judge(found, expected, DEVICES, ROUNDS)
+            if vacuous := self._vacuous():
+                outcome, why = "failed", vacuous
             elif trace := self._traceback():
                 outcome, why = "failed", trace
         return Result(self.case.name, outcome, why, round(seconds, 1), self.happened(), self.restarts, found)
@@ -274,23 +277,6 @@ class Fleet:
             if (text := self.log(name)) and "Traceback" in text:
                 return f"{name} has logged a traceback: {text[text.index('Traceback') :][:1200]}"
         return ""
-
-
-def flip(root: Path, where: str) -> list[str]:
-    """Turn one bit of a file that is stored: of a device's cache or outbox, or of the server's arrivals or objects; which."""
-    patterns = {
-        "cache": "alpha/cache/objects/*", "outbox": "alpha/outbox/*.safetensors",
-        "partial": "server/partial/*/*", "objects": "server/objects/*/*",
-    }  # fmt: skip
-    for path in sorted(root.glob(patterns[where])):
-        data = bytearray(path.read_bytes())
-        if data:
-            data[len(data) // 2] ^= 16
-            path.chmod(0o644)
-            with path.open("r+b") as file:
-                file.write(data)
-            return [str(path.relative_to(root))]
-    return []
 
 
 class Hopeless(Exception):

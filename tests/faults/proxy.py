@@ -25,22 +25,29 @@ class Proxy:
         words.setblocking(False)
         self.control.unlink(missing_ok=True)
         words.bind(str(self.control))
-        asyncio.get_running_loop().add_reader(words, lambda: self._told(words.recv(200).decode().split()))
+        asyncio.get_running_loop().add_reader(words, lambda: self._hear(words))
         server = await asyncio.start_server(self._forward, "127.0.0.1", self.port)
         async with server:
             await server.serve_forever()
 
-    def _told(self, words: list[str]) -> None:
-        loop = asyncio.get_running_loop()
+    def _hear(self, words: socket.socket) -> None:
+        said, address = words.recvfrom(200)
+        count = self._told(said.decode().split())
+        with contextlib.suppress(OSError):  # who asked may be gone
+            words.sendto(str(count).encode(), address)
+
+    def _told(self, words: list[str]) -> int:
+        """Do it; to how many connections."""
+        loop, now = asyncio.get_running_loop(), set(self._writers)
         match words:
             case ["cut"]:
-                self._cut(set(self._writers))
+                self._cut(now)
             case ["halfopen", seconds]:  # neither side hears from the other, nor that it is gone
-                now = set(self._writers)
                 self._swallowing |= now
                 loop.call_later(float(seconds), self._cut, now)
             case ["delay", seconds, lasting]:
                 self._delay, self._until = float(seconds), loop.time() + float(lasting)
+        return len(now)
 
     def _cut(self, writers: set[asyncio.StreamWriter]) -> None:
         for writer in writers:
@@ -81,7 +88,15 @@ def proxying(port: int, target: int, control: Path) -> Callable[[], object]:
     return lambda: asyncio.run(Proxy(port, target, control).serve())
 
 
-def tell(control: Path, words: str) -> None:
-    """Tell a proxy something."""
+def tell(control: Path, words: str) -> int:
+    """Tell a proxy something; how many connections it had to do it to, 0 also when it does not answer yet."""
+    own = control.with_suffix(".asking")
+    own.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
-        to.sendto(words.encode(), str(control))
+        to.bind(str(own))
+        to.settimeout(2.0)
+        try:
+            to.sendto(words.encode(), str(control))
+            return int(to.recv(20))
+        except OSError:
+            return 0

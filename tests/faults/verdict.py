@@ -1,136 +1,161 @@
-"""What a federation has come to: the bytes of its adapter, and what its log says about every step that got there."""
+"""What a federation has come to, judged from what `evidence.py` has found in its directory.
+
+A run is `identical` when its bytes are the undisturbed run's. Other bytes are `explained` only when all of this holds: a device
+that is missing from an attempt at a round is missing for a reason that the log gives for this very device and attempt; what was
+stacked is what was accepted, less what was lost or left out; the ledger is the sum of those updates (`twin.py`); and a reference
+run, in which the same devices fail at the same tasks and nothing else happens, has the same bytes.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tempfile
-from collections import Counter
-from pathlib import Path
+import json
 from typing import Any
 
-from common.files import digest_file
+BYTES = ("ledger", "broadcast", "adapter", "weights")
+"""What two runs with the same history have in common, to the bit."""
+
+EARLY = ("quorum", "the round's time limit")
+"""Reasons for which a round is closed before all have delivered: they excuse every device that is missing."""
 
 
-def inspect(server: Path, adapter: Path) -> dict[str, Any]:
-    """State, ledger, adapter, and what the log tells."""
+def attempts_of(events: list[Any]) -> list[dict[str, Any]]:
+    """The attempts at the rounds, as the log tells them, in order; evaluations are not among them."""
     from fp_server import events as e
-    from fp_server.exporting import open_run
 
-    with open_run(server, "run") as (machine, store):
-        events = [event for _, event in open_log(server)]
-        damaged = [
-            digest
-            for digest in sorted(machine.references())
-            if not store.has(digest) or digest_file(store.path(digest)) != digest
+    found: dict[Any, dict[str, Any]] = {}
+    for x in events:
+        if isinstance(x, e.RoundOpened):
+            if not x.evaluate:
+                found[x.key] = {
+                    "round": x.key.round, "attempt": x.key.attempt, "drawn": sorted(x.drawn), "excluded": dict(x.excluded),
+                    "assigned": {}, "accepted": {}, "twice": [], "lost": {}, "dropped": {}, "left_out": {}, "closed": "",
+                    "aggregate": False, "stacked": None,
+                }  # fmt: skip
+            continue
+        if (one := found.get(getattr(x, "key", None))) is None:
+            continue
+        if isinstance(x, e.Assigned):
+            one["assigned"][x.device] = [len(x.units), x.micro_batch, x.checkpointing, str(x.gradient)]
+        elif isinstance(x, e.UpdateAccepted):
+            one["twice"] += [x.device] if x.device in one["accepted"] else []
+            one["accepted"][x.device] = x.ref.digest
+        elif isinstance(x, e.UpdatesLost):  # damaged on the disk: asked for and accepted again
+            one["lost"] |= x.lost
+            for device in x.lost:
+                one["accepted"].pop(device, None)
+        elif isinstance(x, e.DeviceDropped):
+            one["dropped"].setdefault(x.device, [x.error, x.message])
+        elif isinstance(x, e.UpdatesReviewed):
+            one["left_out"] = dict(x.outliers) if x.reject else {}
+        elif isinstance(x, e.RoundClosed):
+            one["closed"], one["aggregate"] = x.reason, x.aggregate
+        elif isinstance(x, e.RoundCommitted):
+            one["stacked"] = sorted(x.weights)
+    return list(found.values())
+
+
+def _where(one: dict[str, Any]) -> str:
+    return f"round {one['round'] + 1}, attempt {one['attempt'] + 1}"
+
+
+def wrong(attempts: list[dict[str, Any]], devices: tuple[str, ...], rounds: int) -> list[str]:
+    """What must not be in a log, whatever has happened: an accepted update that was lost or counted twice, a round that was not
+    committed or was committed twice, a device that is missing and nothing says why."""
+    found: list[str] = []
+    for one in attempts:
+        where, counts = _where(one), sorted(set(one["accepted"]) - set(one["left_out"]))
+        if one["twice"]:
+            found.append(f"{where}: counted twice: {one['twice']}")
+        if one["stacked"] is None and (one["aggregate"] or not one["closed"]):
+            found.append(f"{where}: accepted {sorted(one['accepted'])}, and neither stacked nor closed without them")
+        if one["stacked"] is not None and one["stacked"] != counts:
+            found.append(f"{where}: stacked {one['stacked']}, accepted and not lost or left out {counts}")
+        if one["stacked"] is not None and not one["aggregate"]:
+            found.append(f"{where}: stacked, and not closed to be")
+        there = counts if one["stacked"] is None else one["stacked"]
+        for device in sorted(set(devices) - set(there)):
+            told = device in one["dropped"] or device in one["excluded"] or device in one["left_out"]
+            if not told and not any(reason in one["closed"] for reason in EARLY):
+                found.append(f"{where}: {device} is missing, and the log gives no reason for it")
+    committed = [one["round"] for one in attempts if one["stacked"] is not None]
+    if committed != list(range(rounds)):
+        found.append(f"rounds committed: {[number + 1 for number in committed]} of {rounds}")
+    return found
+
+
+def history(found: dict[str, Any]) -> str:
+    """Who took part in which attempt at which round, and in what manner: what decides a run's bytes."""
+    return json.dumps(
+        [
+            [one["round"], one["attempt"], one["stacked"], {device: one["assigned"].get(device) for device in one["stacked"]}]
+            for one in found["attempts"]
+            if one["stacked"] is not None
         ]
-        accepted = Counter(f"{x.key.round}/{x.key.attempt}/{x.device}" for x in events if isinstance(x, e.UpdateAccepted))
-        for lost in (x for x in events if isinstance(x, e.UpdatesLost)):  # damaged on the disk: asked for and accepted again
-            accepted.subtract(f"{lost.key.round}/{lost.key.attempt}/{device}" for device in lost.lost)
-        return {
-            "state": machine.phase.value,
-            "ledger": {str(layer): ref.digest for layer, ref in sorted(machine.ledger.items())},
-            "broadcast": {str(layer): ref.digest for layer, ref in sorted(machine.broadcast.items())},
-            "adapter": adapter_digest(adapter),
-            "accepted": dict(accepted),
-            "events": Counter(type(event).__name__ for event in events),
-            "weights": [event.weights for event in events if isinstance(event, e.RoundCommitted)],
-            "damaged": damaged,
-            "reasons": [
-                *(f"{x.device} is out of round {x.key.round + 1}: {x.message}" for x in events if isinstance(x, e.DeviceDropped)),
-                *(f"round {x.key.round + 1} closed: {x.reason}" for x in events if isinstance(x, e.RoundClosed) and unusual(x)),
-                *(f"paused: {event.reason}" for event in events if isinstance(event, e.RunPaused)),
-                *(f"{d} left out: {why}" for x in events if isinstance(x, e.RoundOpened) for d, why in x.excluded.items()),
-            ],
-        }
+    )
 
 
-def intact(store: Any, digest: str) -> bool:
-    """Whether an object is there with its very bytes."""
-    return store.has(digest) and digest_file(store.path(digest)) == digest
+def reasons(found: dict[str, Any]) -> list[str]:
+    """What the log says of everything that was not as in an undisturbed run."""
+    out = list(found.get("paused", []))
+    for one in found["attempts"]:
+        where = _where(one)
+        for what in ("excluded", "left_out"):
+            out += [f"{where}: {device} left out: {why}" for device, why in one[what].items()]
+        out += [f"{where}: the update of {device} was damaged and asked for again" for device in one["lost"]]
+        out += [f"{where}: {device} is out: {message}" for device, (_, message) in one["dropped"].items()]
+        if one["stacked"] is None:
+            out.append(f"{where} closed: {one['closed']}")
+    return out
 
 
-def missing(root: Path, name: str) -> list[str]:
-    """What a process had told somebody, by its trace, and its disk does not hold after the power went."""
-    passed = Counter(line.split()[2] for line in (root / "marks" / name / "trace").read_text().splitlines())
-    if name == "server":
-        return lost_events(root / "server", passed)
-    told = passed["device.session.said/plan"] and not passed["device.run.ended"]
-    return [f"{name} has told its plan, and has forgotten the run"] if told and not remembers(root / name) else []
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs have the same bytes."""
+    return all(one[key] == other[key] for key in BYTES)
 
 
-def lost_events(server: Path, passed: Counter[str]) -> list[str]:
-    """Events that were committed, and objects they name, that are not there. Reads a copy of the log: opening it changes it."""
-    from fp_server.coordinator import Coordinator
-    from fp_server.log import Database, EventLog
-    from fp_server.objects import ObjectStore
-
-    with tempfile.TemporaryDirectory() as scratch:
-        for path in server.glob("log.sqlite*"):
-            shutil.copy(path, scratch)
-        database = Database(Path(scratch) / "log.sqlite")
-        try:
-            log = EventLog(database)
-            kept = Counter(type(event).__name__ for _, event in log.replay("run"))
-            prefix = "server.log.append.after/"
-            told = {point.removeprefix(prefix): count for point, count in passed.items() if point.startswith(prefix)}
-            lost = [
-                f"{count} {kind} were committed, {kept[kind]} are there" for kind, count in told.items() if kept[kind] < count
-            ]
-            if kept["RunStarted"]:
-                store = ObjectStore(server)
-                machine = Coordinator(None, log, store).fold("run")  # type: ignore[arg-type]
-                lost += [f"object {d} is missing or damaged" for d in sorted(machine.references()) if not intact(store, d)]
-            return lost
-        finally:
-            database.close()
-
-
-def remembers(device: Path) -> bool:
-    """Whether a device knows the run it has told its plan for."""
-    from common.errors import NotFound
-    from fp_client.state import Runs
-
-    try:
-        return Runs(device / "runs").get("run").run == "run"
-    except NotFound:
-        return False
-
-
-def unusual(closed: Any) -> bool:
-    """Whether a round was closed for another reason than that all have delivered."""
-    return closed.reason not in ("every drawn device has delivered or dropped out", "evaluated")
-
-
-def open_log(server: Path) -> list[tuple[float, Any]]:
-    """All of the run's events, from the file."""
-    from fp_server.log import Database, EventLog
-
-    database = Database(server / "log.sqlite")
-    try:
-        return list(EventLog(database).replay("run"))
-    finally:
-        database.close()
-
-
-def adapter_digest(directory: Path) -> str:
-    """sha256 over the exported files."""
-    whole = hashlib.sha256()
-    for path in sorted(directory.glob("*")):
-        whole.update(f"{path.name} {digest_file(path)}\n".encode())
-    return whole.hexdigest()
-
-
-def judge(found: dict[str, Any], expected: dict[str, Any] | None) -> tuple[str, str]:
-    """(outcome, why): ``identical``, ``explained`` (other bytes, and the log says why) or ``failed``."""
+def judge(found: dict[str, Any], expected: dict[str, Any] | None, devices: tuple[str, ...], rounds: int) -> tuple[str, str]:
+    """(outcome, why): ``identical``, ``other`` (to be compared with a reference), or ``failed``."""
     if found["state"] != "finished":
         return "failed", f"the run is {found['state']}"
     if found["damaged"]:
         return "failed", f"objects are missing or damaged: {found['damaged']}"
-    if twice := [key for key, count in found["accepted"].items() if count > 1]:
-        return "failed", f"counted twice: {twice}"
-    if expected is None or all(found[key] == expected[key] for key in ("ledger", "broadcast", "adapter", "weights")):
-        return "identical", "; ".join(found["reasons"])
-    if found["reasons"]:
-        return "explained", "; ".join(found["reasons"])
-    return "failed", "other bytes than the undisturbed run's, and the log gives no reason"
+    if problems := [*wrong(found["attempts"], devices, rounds), *found["twin"]]:
+        return "failed", "; ".join(problems)
+    if expected is None or same(found, expected):
+        return "identical", "; ".join(reasons(found))
+    if history(found) == history(expected):
+        return "failed", "other bytes than the undisturbed run's, and the same devices took part in the same attempts"
+    return "other", "; ".join(reasons(found))
+
+
+def refusals(found: dict[str, Any]) -> dict[str, list[dict[str, str]]]:
+    """What a reference run's devices must fail at to have this run's history: device -> tasks."""
+    out: dict[str, list[dict[str, str]]] = {}
+    for one in found["attempts"]:
+        for device, (error, message) in one["dropped"].items():
+            stage = "train" if device in one["assigned"] else "probe"
+            task = {"task": f"{one['round']}/{one['attempt']}", "stage": stage, "error": error, "message": message}
+            out.setdefault(device, []).append(task)
+    return out
+
+
+def against(found: dict[str, Any], reference: dict[str, Any]) -> tuple[str, str]:
+    """(outcome, why) of a run with other bytes than the undisturbed one's, by the reference run with its history."""
+    if history(found) != history(reference):
+        return "failed", f"the reference run has another history: {history(reference)}; this one: {history(found)}"
+    if differ := [key for key in BYTES if found[key] != reference[key]]:
+        return "failed", f"other {' and '.join(differ)} than the reference run in which the same devices drop out"
+    return "explained", "; ".join(reasons(found))
+
+
+def contradictions(lines: list[dict[str, Any]]) -> list[str]:
+    """Cases that have the history of another one, and other bytes."""
+    first: dict[tuple[bool, str], dict[str, Any]] = {}
+    out = []
+    for line in lines:
+        if line["outcome"] == "failed" or not line.get("found"):
+            continue
+        one = first.setdefault((line.get("eventful", False), history(line["found"])), line)
+        if not same(one["found"], line["found"]):
+            out.append(f"{line['name']} and {one['name']} have the same history and other bytes")
+    return out
