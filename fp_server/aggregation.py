@@ -17,6 +17,11 @@ from scipy.linalg import blas
 from common.types import FloatArray, LoraBlock
 from fp_server.lowrank import Delta, Dense, Factored
 
+ENTRY = 1e15
+"""The largest |x| of a device's A, B and (α/r)·B that is stacked. No honest one comes near, and nothing written can overflow:
+a stacked B is at most this (w ≤ 1), a product in float64 at most rank · 10³⁰, and the ledger itself at most
+`validation.REPRESENTABLE` a round in norm, which a million rounds don't take to float32's 3·10³⁸. Nor does anything vanish that
+counts: what denormals lose of an entry of w·(α/r)·B is below 10⁻⁴⁵, and of the product this times as much."""
 STRIP_ROWS = 64
 """Rows of a dense sum worked on at once: a strip stays in the cache while a holder's product is added to it."""
 
@@ -42,6 +47,18 @@ class _Term:
     rank: int
     scale: float
     read: Callable[[], tuple[FloatArray, FloatArray]]
+
+
+def too_large(factor: str, tensor: FloatArray, scale: float) -> str:
+    """What is wrong with one factor ("A" or "B") of a device's update where an entry is above `ENTRY`, or not finite."""
+    limit = ENTRY / max(1.0, scale) if factor == "B" else ENTRY
+    with np.errstate(invalid="ignore"):  # of NaNs, which fail every comparison
+        if max(-tensor.min(initial=0.0), tensor.max(initial=0.0)) <= limit:
+            return ""
+        place = tuple(np.argwhere(~(np.abs(tensor) <= limit))[0].tolist())
+    if not np.isfinite(value := float(tensor[place])):
+        return f"holds {value} at {list(place)}: every value must be finite"
+    return f"holds {value:.4g} at {list(place)}, at most {limit:.4g} counts"
 
 
 def update_fresh(delta: Delta, holders: Sequence[Holder]) -> Delta:

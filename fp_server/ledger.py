@@ -18,7 +18,7 @@ from common.blocks import key, read_block, write_blocks
 from common.errors import ModelError, StorageError
 from common.tensorfile import TensorFile, TensorWriter
 from common.types import LoraBlock, ModelManifest, ModuleShape, Start
-from fp_server.aggregation import Holder, next_rank, update_fresh, update_global
+from fp_server.aggregation import Holder, next_rank, too_large, update_fresh, update_global
 from fp_server.lowrank import Delta, Dense, Factored, empty, recompress
 
 OPEN_FILES = 32
@@ -100,7 +100,8 @@ def aggregate_layer(
     ledger's other modules are copied to the bit. `given`: for `Start.GLOBAL`, the broadcast file the devices started
     from (`broadcast_layer`), None when there was none yet. Returns False, and writes nothing, when nobody trained
     anything: the layer keeps its bytes. Raises StorageError for a damaged ledger, ValueError as `update_fresh` does
-    and when `given` is lacking although there is a ledger.
+    and when `given` is lacking although there is a ledger; LostUpdates for an update that an older version has accepted and
+    this one would not: its device is asked for it again, and refused.
     """
     trained = {name: parts for name, parts in contributions.items() if parts}
     if not trained:
@@ -186,7 +187,13 @@ def _write(writer: TensorWriter, layer: int, module: str, delta: Delta) -> None:
 
 def _holder(files: _Files, part: Contribution, layer: int, module: str) -> Holder:
     def read() -> LoraBlock:
-        return read_block(files.update(part.path), layer, module)
+        block = read_block(files.update(part.path), layer, module)
+        for factor, tensor in (("A", block.a), ("B", block.b)):
+            if why := too_large(factor, tensor, part.scale):
+                from fp_server.damage import LostUpdates  # it needs this module, to make broadcasts anew
+
+                raise LostUpdates({part.device: f"tensor {key(layer, module, factor)!r} {why}"})
+        return block
 
     return Holder(part.device, part.weight, part.scale, part.rank, read)
 

@@ -15,7 +15,7 @@ from fp_server import events as e
 from fp_server.damage import check_updates, for_devices
 from fp_server.objects import ObjectStore
 from fp_server.outliers import Score, Shared, judge
-from fp_server.products import Product, inner_products, moved
+from fp_server.products import Product, Reduced, inner_products, moved
 from fp_server.rounds import RunMachine
 from fp_server.seeding import rng_for
 from fp_server.validation import Starts, starting_points
@@ -73,6 +73,6 @@ def _shared(machine: RunMachine, store: ObjectStore, key: TaskKey, panel: dict[s
     return found
 
 
-def _moved(files: Sequence[TensorFile], layer: int, module: str, scale: float, start: Product, index: int) -> Product:
+def _moved(files: Sequence[TensorFile], layer: int, module: str, scale: float, start: Product, index: int) -> Reduced:
     block = read_block(files[index], layer, module)
     return moved(scale, Product(block.a, block.b), start)

@@ -9,22 +9,28 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from common.blocks import key, parse_key
 from common.errors import ModelError, UpdateRejected
 from common.tensorfile import TensorFile
 from common.types import Assignment, Factors, FloatArray, ModelManifest, Start, UnitObject, UpdateMetrics, unit_modules
+from fp_server.aggregation import too_large
 from fp_server.ledger import open_ledger, read_delta
 from fp_server.lowrank import Factored
-from fp_server.products import Product, moved, norm
+from fp_server.products import Product, moved, reduced
 
 HEADER_LIMIT = 8 << 20
 """Bytes an update's header may take: some fifty thousand tensors."""
 LARGEST = 1e12
 """No honest loss, time or speed comes near."""
-REPRESENTABLE = 1e30
-"""No update may be larger in norm, operator's limit or not: sums of them must stay finite in float32."""
+REPRESENTABLE = 1e12
+"""No update may be larger in norm, operator's limit or not: after a million rounds a ledger's entries are at most 10¹⁸, and what
+devices continue of it (`start = "global"`) stays below `aggregation.ENTRY` for a thousand."""
+CANCELLING = 1e4
+"""How many times its product's norm an update's Σ‖b_k‖‖a_k‖ may be. Where more cancels, what float32 makes of the stacked
+factors is no longer what was measured: 10⁴ times its rounding is 0.06 % of the product. An honest A is random or orthonormal,
+and B follows its large directions: that is about √r (32 for the largest rank)."""
+NOTHING = 1e-6
+"""Below this Σ‖b_k‖‖a_k‖ anything may cancel: a module that hardly moved, and no rounding of it counts."""
 
 
 def expected_shapes(assignment: Assignment, manifest: ModelManifest) -> dict[str, tuple[int, int]]:
@@ -98,10 +104,11 @@ def check_update(
 ) -> None:
     """Raise UpdateRejected, naming the tensor, unless the file is exactly what was assigned.
 
-    Checked: a well-formed file, the exact key set, shapes, dtype F32, every value finite, and per module the Frobenius
-    norm of (α/r)·B·A less what the device started with (`starting_points`) at most `max_norm`. That bounds what one
-    device can move in the ledger, as a weight w is at most 1. One module's factors are in memory at a time; the
-    product never is. Raises StorageError when a starting point's file is damaged.
+    Checked: a well-formed file, the exact key set, shapes, dtype F32, every value finite and at most `aggregation.ENTRY`, and
+    per module that little of B·A cancels (`CANCELLING`), and that the Frobenius norm of (α/r)·B·A less what the device started
+    with (`starting_points`) is at most `max_norm`. That bounds what one device can move in the ledger, as a weight w is at
+    most 1. One module's factors are in memory at a time; the product never is. Raises StorageError when a starting point's
+    file is damaged.
     """
     expected = expected_shapes(assignment, manifest)
     try:
@@ -116,18 +123,31 @@ def check_update(
         factors: dict[str, FloatArray] = {}
         for name in expected:
             tensor = file.float32(name)
-            if not np.isfinite(tensor).all():
-                place = np.argwhere(~np.isfinite(tensor))[0].tolist()
-                raise UpdateRejected(f"tensor {name!r} holds {tensor[tuple(place)]} at {place}: every value must be finite")
             layer, module, factor = parse_key(name)
+            if why := too_large(factor, tensor, scale):
+                raise UpdateRejected(f"tensor {name!r} {why}")
             factors[factor] = tensor
             if len(factors) < 2:
                 continue
-            size = norm(moved(scale, Product(factors["A"], factors["B"]), given.of(layer, module)))
+            trained, start = Product(factors["A"], factors["B"]), given.of(layer, module)
             factors.clear()
+            size = _check_cancelling(name, scale, trained)
+            if len(start.a):
+                size = moved(scale, trained, start).norm
             if not size <= limit:
                 away = " away from where it started" if starts else ""
                 raise UpdateRejected(f"tensor {name!r}: the update's norm is {size:.4g}{away}, at most {limit:.4g} counts")
+
+
+def _check_cancelling(name: str, scale: float, trained: Product) -> float:
+    """‖scale·B·A‖. Raises UpdateRejected when it is what is left of something far larger."""
+    size, spread = scale * reduced(trained).norm, scale * trained.spread
+    if spread > max(NOTHING, CANCELLING * size):
+        raise UpdateRejected(
+            f"tensor {name!r}: the update's components cancel: they have a norm of {spread:.4g}, and their sum {size:.4g}; "
+            f"at most {CANCELLING:.0e} times as much counts"
+        )
+    return size
 
 
 def check_metrics(metrics: UpdateMetrics) -> None:

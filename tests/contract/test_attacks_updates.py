@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import grpc.aio
 import numpy as np
 import pytest
 from server_side import Device, Server, blocks_of, error_name, fetch, ready_for, run_toml, seeded, whole_run
+from siege import Besieged
 
 from common.blocks import read_blocks, write_blocks
 
@@ -67,6 +69,84 @@ def test_nan_is_refused_and_the_others_make_the_round(server, value):
     assert first["devices"]["bob"]["error"] == "UpdateRejected" and "must be finite" in first["devices"]["bob"]["message"]
     assert (first["weights"], second["weights"]) == ({"alice": 40}, {"alice": 40, "bob": 40})
     assert "is rejected" in server.log() and f"holds {value}" in server.log()
+
+
+def cancelling(block):
+    """‖B·A‖ is 10¹⁵ or so; tr((BᵀB)(AAᵀ)) makes 0 of it. The two columns of B are equal, and the rows of A but for an ulp."""
+    a, b = block.a * np.float32(1e12), np.repeat(block.b[:, :1], 2, axis=1) * np.float32(1e12)
+    a[1] = -a[0]
+    a[1, 0] = np.nextafter(a[1, 0], np.float32(np.inf))
+    return replace(block, a=a, b=b)
+
+
+def overflowing(block):
+    """An ordinary B·A, of which (α/r)·B is no float32 any more. α/r = 2."""
+    return replace(block, a=np.full_like(block.a, 1e-38), b=np.full_like(block.b, 3e38))
+
+
+@pytest.mark.parametrize("start", ["fresh", "global"])
+@pytest.mark.parametrize(("attack", "said"), [(cancelling, "components cancel"), (overflowing, "holds 3e+38")])
+def test_factors_that_hide_what_they_are_cost_their_device_the_round_and_no_more(server, attack, said, start):
+    """The ledger is the one of a run in which bob was never heard in that round."""
+    toml = run_toml(start, rounds=3, limits_max_update_norm=1e4)
+    bob = Device(server, "bob", make=changed(attack, {1}))
+    status = asyncio.run(whole_run(server, [Device(server, "alice"), bob], toml))
+    assert [entry["weights"].get("bob") for entry in status["history"][:3]] == [40, None, 40]
+    refused = status["history"][1]["devices"]["bob"]
+    assert refused["error"] == "UpdateRejected" and said in refused["message"]
+    bob = Device(server, "bob", make=changed(lambda b: replace(b, a=np.full_like(b.a, np.nan)), {1}))
+    asyncio.run(whole_run(server, [Device(server, "alice"), bob], toml.replace("toy-run", "without")))
+    assert server.ledger("without") == server.ledger("toy-run")
+
+
+class Unchecked(Besieged):
+    """As before entries had a limit: updates are taken as they come."""
+
+    checks = False
+
+    def command(self) -> list[str]:
+        begin, code, *rest = super().command()[1:]
+        skip = "" if self.checks else "import fp_server.transfer as t; t.check_update = lambda *args: None\n"
+        return [sys.executable, begin, code.replace("from fp_server.cli", f"{skip}from fp_server.cli"), *rest]
+
+
+@pytest.mark.parametrize("outliers", ["off", "reject"])
+def test_what_an_older_version_accepted_and_could_not_aggregate_is_left_out_after_the_next_start(tmp_path, outliers):
+    """The accepted update is in the log. It is asked for again, refused, and the run goes on."""
+    server = Unchecked(tmp_path / "server", ("alice", "bob"))
+    server.start()
+
+    async def body():
+        accepted, restarted = asyncio.Event(), asyncio.Event()
+
+        async def told():
+            accepted.set()
+
+        async def last(assignment, device):
+            await restarted.wait()
+            return device.honest(assignment)
+
+        async def upgraded():
+            await accepted.wait()
+            server.kill()
+            server.checks = True
+            await asyncio.to_thread(server.start)
+            restarted.set()
+
+        bob = Device(server, "bob", make=changed(overflowing, {0}), hooks={"accepted": told})
+        upgrade = asyncio.create_task(upgraded())
+        status = await whole_run(server, [Device(server, "alice", make=last), bob], run_toml(limits_outliers=outliers), 60)
+        await upgrade
+        assert [entry["weights"] for entry in status["history"][:2]] == [{"alice": 40}, {"alice": 40, "bob": 40}]
+        refused = status["history"][0]["devices"]["bob"]
+        assert refused["error"] == "UpdateRejected" and "holds 3e+38" in refused["message"]
+
+    try:
+        asyncio.run(body())
+        assert "the update of bob is lost and asked for again: tensor" in server.log()
+        assert "Traceback" not in server.log()
+    finally:
+        server.kill()
 
 
 def test_the_operators_cap_on_norms_holds_whatever_the_run_file_says(strict):

@@ -15,9 +15,11 @@ from common.errors import StorageError
 from common.tensorfile import TensorFile, TensorWriter, write_tensors
 from common.types import LoraBlock, ModelManifest, ModuleShape, Start
 from fp_server import ledger as ledger_module
-from fp_server.aggregation import Holder, next_rank, update_fresh, update_global
+from fp_server.aggregation import ENTRY, Holder, next_rank, too_large, update_fresh, update_global
+from fp_server.damage import LostUpdates
 from fp_server.ledger import Contribution, aggregate_layer, broadcast_layer, open_ledger, read_delta
 from fp_server.lowrank import Delta, Dense, Factored, empty, lossless, recompress, split_top
+from fp_server.validation import REPRESENTABLE
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 
@@ -322,6 +324,51 @@ def test_the_same_round_gives_the_same_bytes(tmp_path: Path) -> None:
         broadcast_layer(tmp_path / name, LAYER, MANIFEST, 3, tmp_path / f"{name}-sent")
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
     assert (tmp_path / "x-sent").read_bytes() == (tmp_path / "y-sent").read_bytes()
+
+
+def test_an_update_that_can_not_be_stacked_is_named_for_what_it_is_and_nothing_is_written(tmp_path: Path) -> None:
+    """B·A is ordinary; w·(α/r)·B is not. An older version accepted such updates, and tried to aggregate them for ever."""
+    good, bad = contribution(tmp_path, "a", 0.25, 2, 0), contribution(tmp_path, "b", 0.75, 2, 1)
+    blocks = [LoraBlock(LAYER, m.name, np.full((2, m.d_in), 1e-38, "f4"), np.full((m.d_out, 2), 3e38, "f4")) for m in MODULES]
+    write_blocks(bad.path, blocks)
+    with pytest.raises(LostUpdates, match="mlp.down_proj.lora_B' holds 3e[+]38") as caught:
+        aggregate_layer(LAYER, MANIFEST, all_by([good, bad]), None, tmp_path / "out")
+    assert list(caught.value.lost) == ["b"] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.5, 1e6, 1e-6])
+@pytest.mark.parametrize("ranks", [[2, 2], [16, 16]])
+def test_the_largest_and_smallest_there_may_be_are_stacked_without_a_warning(scale: float, ranks: list[int]) -> None:
+    """Every pair of extremes that the push lets through, factors and dense; then what the devices get of it."""
+    shape, most = (24, 24), np.float32(ENTRY) * np.float32(0.999)
+    b = np.full((24, 2), most / np.float32(max(1.0, scale)))
+    small = np.float32(1e-45)
+    for pair in ((b, np.full((2, 24), most)), (b, np.full((2, 24), small)), (np.full((24, 2), small), np.full((2, 24), most))):
+        blocks = [LoraBlock(0, "m", np.resize(pair[1], (rank, 24)), np.resize(pair[0], (24, rank))) for rank in ranks]
+        assert not any(too_large("A", one.a, scale) or too_large("B", one.b, scale) for one in blocks)
+        holders = [Holder(f"d{n}", 0.5, scale, rank, lambda n=n: blocks[n]) for n, rank in enumerate(ranks)]
+        got = update_fresh(empty(*shape), holders)
+        assert isinstance(got, Dense) == (sum(ranks) > 24)
+        factors, _ = recompress(got, 4)
+        for array in (factors.a, factors.b, *((got.w,) if isinstance(got, Dense) else (got.a, got.b))):
+            assert np.isfinite(array).all()
+        assert np.abs(full(got) - twin_sum(holders, blocks)).max() <= 1e-6 * np.abs(twin_sum(holders, blocks)).max() + 1e-29
+
+
+@pytest.mark.parametrize("start", list(Start))
+def test_a_ledger_that_grows_by_the_most_there_may_be_stays_finite(start: Start) -> None:
+    """As many rounds as a run may have, each of them by `REPRESENTABLE`: what 10⁶ rounds made, then some more."""
+    rng = np.random.default_rng(0)
+    u, v = (one / np.linalg.norm(one) for one in rng.standard_normal((2, 24)))
+    delta: Delta = Dense((1e6 * REPRESENTABLE * np.outer(u, v)).astype(np.float32))
+    for _ in range(3):
+        given, _ = recompress(delta, 2)
+        continued = given.rank if start is Start.GLOBAL else 0
+        a = np.concatenate([given.a[:continued], v[None].astype(np.float32)])
+        b = np.concatenate([given.b[:, :continued], (REPRESENTABLE * u)[:, None].astype(np.float32)], axis=1)
+        holders = [Holder("d", 1.0, 1.0, continued + 1, lambda a=a, b=b: LoraBlock(0, "m", a, b))]
+        delta = update_global(delta, given, holders) if start is Start.GLOBAL else update_fresh(delta, holders)
+        assert np.isfinite(full(delta)).all()
 
 
 def test_a_layer_nobody_trained_keeps_its_bytes(tmp_path: Path) -> None:

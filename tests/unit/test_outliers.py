@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import t as student
 
 from fp_server.outliers import LEVEL, SHARE, Score, Shared, judge
-from fp_server.products import Product, inner_products
+from fp_server.products import Product, inner_products, reduced
 
 RANK, SHAPES = 4, {"mlp.down_proj": (40, 64), "mlp.up_proj": (64, 40), "self_attn.q_proj": (40, 40), "self_attn.v_proj": (24, 40)}
 Dense = dict[str, dict[tuple[int, str], np.ndarray]]
@@ -59,7 +59,9 @@ class Planted:
                     products.append(self.change.get(index, lambda product: product)(one))
                     dense[name][layer, module] = products[-1].b @ products[-1].a
                 if holders:
-                    modules.append(Shared(module, tuple(holders), inner_products(len(holders), products.__getitem__)))
+                    modules.append(
+                        Shared(module, tuple(holders), inner_products(len(holders), lambda n, these=products: reduced(these[n])))
+                    )
         return modules, dense
 
     def found(self, max_ratio: float = 5.0) -> list[str]:
@@ -256,7 +258,7 @@ def test_units_with_two_holders_count_together_and_a_sole_holders_not_at_all() -
             a = rng.uniform(-1, 1, (RANK, 32))
             products.append(Product(a, (1 if n != 3 else -1) * gradient @ a.T))
         for name in SHAPES:
-            inner = inner_products(2, products.__getitem__)
+            inner = inner_products(2, lambda n, these=products: reduced(these[n]))
             modules.append(Shared(name, tuple(f"d{n}" for n in sorted(pair_of)), inner + 1e-9 * rng.standard_normal()))
     assert sorted(judge(modules, 5.0)[1]) == ["d3"]
     alone = [Shared(name, (f"d{n}",), np.array([[1.0]])) for n in range(4) for name in SHAPES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from common.types import (
     UnitObject,
     UpdateMetrics,
 )
-from fp_server.validation import check_metrics, check_update, expected_shapes, norm_limit, starting_points
+from fp_server.products import Product, reduced
+from fp_server.validation import CANCELLING, check_metrics, check_update, expected_shapes, norm_limit, starting_points
 
 MODULES = (ModuleShape("mlp.up_proj", 40, 24), ModuleShape("self_attn.k_proj", 8, 24), ModuleShape("self_attn.q_proj", 24, 24))
 MANIFEST = ModelManifest("tiny", "llama", 6, 24, 100, MODULES, "f" * 64)
@@ -118,11 +120,63 @@ def test_the_norm_is_that_of_the_scaled_product(tmp_path: Path) -> None:
         check(tmp_path, tensors, norm * (1 - 1e-9))
 
 
-def test_values_that_would_overflow_the_ledger_are_refused_without_a_limit_too(tmp_path: Path) -> None:
+def test_a_norm_that_would_overflow_the_ledger_in_time_is_refused_without_a_limit_too(tmp_path: Path) -> None:
     tensors = good()
-    tensors[A], tensors[B] = np.full((4, 24), 3e38, np.float32), np.full((24, 4), 3e38, np.float32)
-    with pytest.raises(UpdateRejected, match=f"'{B}': the update's norm"):
+    tensors[A], tensors[B] = np.full((4, 24), 1e10, np.float32), np.full((24, 4), 1e10, np.float32)
+    with pytest.raises(UpdateRejected, match=f"'{B}': the update's norm is .*, at most 1e[+]12 counts"):
         check(tmp_path, tensors)
+
+
+@pytest.mark.parametrize(("name", "value", "limit"), [(A, 3e38, "1e[+]15"), (B, -3e38, "5e[+]14"), (B, 6e14, "5e[+]14")])
+def test_an_entry_that_can_not_be_stacked_is_named_however_small_the_product(
+    tmp_path: Path, name: str, value: float, limit: str
+) -> None:
+    """α/r = 2, which is folded into B."""
+    tensors = good()
+    other = A if name == B else B
+    tensors[name] = np.full_like(tensors[name], value)
+    tensors[other] = np.full_like(tensors[other], 1e-38)
+    with pytest.raises(UpdateRejected, match=rf"'{name}' holds .* at \[0, 0\], at most {limit} counts"):
+        check(tmp_path, tensors)
+
+
+def cancelling(size: float) -> dict[str, np.ndarray]:
+    """Two equal columns of B, two rows of A that cancel but for one ulp."""
+    tensors = good()
+    a, b = np.zeros_like(tensors[A]), np.zeros_like(tensors[B])
+    a[0] = np.abs(tensors[A][0]) + 1
+    a[1] = -np.nextafter(a[0], np.float32(np.inf), dtype=np.float32)
+    b[:, 0] = b[:, 1] = tensors[B][:, 0]
+    return tensors | {A: a * np.float32(size), B: b * np.float32(size)}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e10])
+def test_components_that_cancel_are_refused(tmp_path: Path, size: float) -> None:
+    tensors = cancelling(size)
+    true = float(np.linalg.norm(2.0 * tensors[B].astype(np.float64) @ tensors[A].astype(np.float64)))
+    with pytest.raises(
+        UpdateRejected, match=f"'{B}': the update's components cancel: they have .*, and their sum {re.escape(f'{true:.4g}')}"
+    ):
+        check(tmp_path, tensors, max_norm=1e9)
+
+
+def test_what_hardly_moved_may_cancel(tmp_path: Path) -> None:
+    """A module with B = 0, or with no more than noise; and denormals, which are nothing."""
+    check(tmp_path, good() | {B: np.zeros((24, 4), np.float32)}, 1e3)
+    check(tmp_path, cancelling(1e-5), 1e3)
+    check(tmp_path, good() | {A: np.full((4, 24), 1e-45, np.float32), B: np.full((24, 4), 1e-45, np.float32)}, 1e3)
+
+
+def test_honest_factors_cancel_by_far_less_than_what_is_refused(tmp_path: Path) -> None:
+    """LoRA's start (a random A, B = 0) after a gradient of any kind, the worst of them against A's smallest direction."""
+    rng = np.random.default_rng(1)
+    for rank, d_in in ((4, 24), (16, 64), (64, 576)):
+        a = rng.uniform(-1, 1, (rank, d_in)) / np.sqrt(d_in)
+        u, _, _ = np.linalg.svd(a, full_matrices=False)
+        gradient, signs = rng.standard_normal((32, d_in)), np.sign(rng.standard_normal((32, rank)))
+        for b in (gradient @ a.T, signs, np.outer(np.ones(32), u[:, -1])):
+            one = Product(a, b)
+            assert one.spread < CANCELLING / 100 * reduced(one).norm
 
 
 def test_the_norm_is_measured_from_what_the_device_started_with(tmp_path: Path) -> None:
@@ -167,7 +221,7 @@ def test_only_a_global_start_has_starting_points() -> None:
 
 
 def test_the_lower_limit_holds() -> None:
-    assert norm_limit(None, None) == 1e30
+    assert norm_limit(None, None) == 1e12
     assert norm_limit(5.0, None) == norm_limit(None, 5.0) == norm_limit(7.0, 5.0) == norm_limit(5.0, 1e40) == 5.0
 
 
