@@ -261,5 +261,5 @@ def decode(kind: str, body: str) -> Event:
             return ProbeReceived(**raw)
         event: Event = _KINDS[kind].validate_json(body)
         return event
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise StorageError(f"the event log has a {kind!r} event this version can't read: {error}") from None

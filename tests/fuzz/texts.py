@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from functools import cache
 from typing import Any
 
@@ -84,7 +85,14 @@ def event(data: bytes) -> None:
         found = e.decode(kind, body)
     except StorageError:
         return
-    read_back(found)
+    if _finite(json.loads(body)):  # what isn't is refused before it gets here; it would be written as null
+        read_back(found)
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 @cache
