@@ -124,6 +124,29 @@ def start(
             "limits.min_holders = 2 in the run file holds it back",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+    if why := _uncapped(dir, config.limits.max_samples):
+        err.print(
+            f"warning: {why}: who claims more samples than others weighs more; set limits.max_samples in the run file, or "
+            "max_samples in server.toml, to what an honest device has",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _uncapped(directory: Path, most: int | None) -> str:
+    """What nothing but a default caps of the samples a device claims; empty where the run (`most`) or server.toml has a cap."""
+    from common import config as configuration
+    from fp_server.config import ServerConfig
+
+    default = ServerConfig.model_fields["max_samples"].default
+    if most is not None and most < default:
+        return ""
+    if not (directory / "server.toml").exists():
+        return "limits.max_samples is not set, and what the server's own file says can't be seen from here"
+    try:
+        most = configuration.load(directory / "server.toml", ServerConfig).max_samples
+    except FedPrunerError:  # the run has been started; the server says what is wrong with its file
+        return ""
+    return f"a device may claim {most:,} samples" if most >= default else ""
 
 
 def _entries(text: str) -> int:

@@ -145,6 +145,7 @@ class Gate(grpc.aio.ServerInterceptor):
         try:
             try:
                 self._connected(key, caller, address)
+                self._check_headers(context, address)
                 self._check_room(key, caller, method, operator)
                 caller.calls[method] += 1
                 self._under_way[method] += 1
@@ -167,6 +168,14 @@ class Gate(grpc.aio.ServerInterceptor):
                 self._under_way[method] -= 1
             self._left(key, caller, address)
 
+    def _check_headers(self, context: Context, address: Address | None) -> None:
+        """gRPC keeps to the limit once the peer has acknowledged its settings; before that it takes 16 MiB a call."""
+        size = sum(32 + len(key) + len(value) for key, value in context.invocation_metadata() or ())
+        if size > n.METADATA:
+            if address is not None:
+                self._cut(address)
+            raise LimitError(f"{size} bytes of headers; a call has {n.METADATA} at most")
+
     def _check_room(self, key: str, caller: Caller, method: str, operator: bool) -> None:
         name, sessions = method.rpartition("/")[2], self._limits.sessions
         most = n.OPERATOR_AT_ONCE if operator else self._rules.at_once
@@ -179,14 +188,15 @@ class Gate(grpc.aio.ServerInterceptor):
 
     async def _pace(self, key: str, method: str) -> None:
         now = time.monotonic()
-        if self._in_all is not None and not self._in_all.allow(now):
-            raise LimitError("too many requests from everywhere; try again in a while")
         if method.endswith("/Open") and not self._opens.allow(key, now):
             raise LimitError(
                 f"{key} opens sessions too often (one in {1 / n.OPENS:.0f} s); does a second daemon use its identity?"
             )
         if (wait := self._rates.take(key, now, self._rules.wait)) > self._rules.wait:
             raise LimitError(f"{key} calls too often ({self._rules.calls:.0f} a second); try again in {wait:.0f} s")
+        # After the caller's own: one who is refused for himself must not use up what is everybody's.
+        if self._in_all is not None and not self._in_all.allow(now):
+            raise LimitError("too many requests from everywhere; try again in a while")
         if wait:
             await asyncio.sleep(wait)
 

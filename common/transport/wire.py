@@ -23,6 +23,7 @@ ERROR_KEY = "fp-error"
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.bdp_probe", 0),  # with it, windows grow until eight pushes buffer their whole objects
     ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: nobody's kilobyte becomes a megabyte here
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),  # without it a frozen peer is found out after a minute more
@@ -34,6 +35,7 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     *CHANNEL_OPTIONS,
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.settings_timeout", 10_000),  # until a peer has acknowledged them, not all of the limits hold
     ("grpc.max_concurrent_streams", 64),
     ("grpc.so_reuseport", 0),
     ("grpc.experimental.tcp_max_read_buffer_size", 64 << 10),  # kept for as long as a connection: it grew to 250 KiB and more

@@ -84,6 +84,14 @@ def http2_connect(port: int, identity: Path, timeout: float = 10.0) -> ssl.SSLSo
     return stream
 
 
+def send_headers(stream: socket.socket, block: bytes, number: int = 1) -> None:
+    """A header block in as many frames as it needs."""
+    pieces = [block[at : at + 16_000] for at in range(0, len(block), 16_000)]
+    for n, piece in enumerate(pieces):
+        flags = END_HEADERS if n == len(pieces) - 1 else 0
+        stream.sendall(frame(CONTINUATION if n else HEADERS, flags, number, piece))
+
+
 class Frames:
     """The frames that arrive on a connection."""
 

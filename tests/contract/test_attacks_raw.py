@@ -161,9 +161,9 @@ def test_a_call_whose_request_never_comes(server):
     under(server, attack)
 
 
-def _status(stream):
+def _status(stream, frames=None):
     """The text of the trailers on stream 1 (HPACK: they are literals)."""
-    frames = h.Frames(stream)
+    frames = frames or h.Frames(stream)
     stream.settimeout(SOON)
     seen = b""
     while (got := frames.next()) is not None:
@@ -239,9 +239,77 @@ def test_a_flood_of_frames_slows_nobody_else(server, kind):
     under(server, attack)
 
 
+OFFSET = "/fedpruner.v1.Objects/Offset"
+EXHAUSTED = "grpc-status\x018"
+"""The trailer of RESOURCE_EXHAUSTED, as HPACK has it."""
+
+
+@pytest.mark.parametrize("acknowledged", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [[("x-large", "v" * 20_000)], [("x-large", "v" * 100_000)], [(f"x-{n}", "v" * 90) for n in range(300)]],
+    ids=["20 kB", "100 kB", "many small ones"],
+)
+def test_a_call_with_too_many_headers_is_refused(server, fields, acknowledged):
+    """gRPC knows its limit once the peer has acknowledged the server's settings; of one that does not, the gate does."""
+
+    def attack(port, identity):
+        stream = h.http2_connect(port, identity)
+        frames = h.Frames(stream)
+        if acknowledged:
+            while frames.next()[:2] != (h.SETTINGS, 0):
+                pass
+            stream.sendall(h.frame(h.SETTINGS, h.ACK, 0))
+        h.send_headers(stream, h.call_headers(OFFSET, tuple(fields)))
+        with contextlib.suppress(OSError):  # it may be refused by then
+            stream.sendall(h.frame(h.DATA, h.END_STREAM, 1, h.message(b"")))
+        said = _status(stream, frames)
+        assert EXHAUSTED in said and ("metadata size exceeds" in said or "a call has 16384 at most" in said)
+        if acknowledged:
+            assert "exceeds hard limit" in said
+        elif "16384 at most" in said:
+            assert h.seconds_until_closed(stream, SOON) < SOON, "and such a peer is hung up"
+
+    under(server, attack)
+
+
+def test_calls_with_16_megabytes_of_headers_each_are_not_piled_up(server):
+    """As much as gRPC takes of a peer that acknowledges nothing: 60 calls were 900 MB."""
+
+    def attack(port, identity):
+        stream = h.http2_connect(port, identity)
+        stream.settimeout(5)
+        block = h.call_headers(OFFSET) + h.header("x-large", "v" * 15_000_000)
+        peak = before = server.held()[0]
+        with contextlib.suppress(OSError):
+            for number in range(1, 121, 2):
+                h.send_headers(stream, block, number)
+                peak = max(peak, server.held()[0])
+            raise AssertionError("it was never hung up")
+        assert peak - before < 320 << 20, f"{(peak - before) >> 20} MiB"
+
+    under(server, attack)
+
+
+def test_settings_that_are_never_acknowledged(server):
+    """It answers pings and has a call under way, and is hung up for this alone."""
+
+    def attack(port, identity):
+        stream = opened(port, identity)
+        frames, begin = h.Frames(stream), time.monotonic()
+        stream.settimeout(SOON)
+        while (got := frames.next()) is not None:
+            if got[:2] == (h.PING, 0):
+                with contextlib.suppress(OSError):
+                    stream.sendall(h.frame(h.PING, h.ACK, 0, got[3]))
+        assert time.monotonic() - begin < SOON
+
+    under(server, attack)
+
+
 @pytest.mark.parametrize("small", [False, True], ids=["one large header", "many small ones"])
 def test_headers_without_end(server, small):
-    """220 MB of headers in one call: what is over the limit is read and dropped, and the call refused."""
+    """220 MB of headers in one call: what is over the limit is read and dropped."""
     fields = tuple((f"x-{n}", "v" * 90) for n in range(1000)) if small else (("x-large", "v" * 100_000),)
 
     def attack(port, identity):

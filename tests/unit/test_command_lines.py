@@ -84,3 +84,22 @@ def test_a_line_of_the_log_has_date_time_and_level() -> None:
     record.created, record.msecs = 0.0, 7.0
     date, time, rest = OneLine().format(record).split(" ", 2)
     assert date in ("1970-01-01", "1969-12-31") and time.endswith(",007") and rest == "INFO device a\\nb"
+
+
+@pytest.mark.parametrize(
+    ("server", "run", "said"),
+    [
+        ("", None, "a device may claim 1,000,000 samples"),
+        ("", 1_000_000, "a device may claim 1,000,000 samples"),
+        ("max_samples = 5000000\n", None, "a device may claim 5,000,000 samples"),
+        ("max_samples = 500\n", None, ""),
+        ("", 500, ""),
+        ("nonsense = 1\n", None, ""),
+        (None, None, "limits.max_samples is not set, and what the server's own file says can't be seen from here"),
+        (None, 500, ""),
+    ],
+)
+def test_a_start_warns_where_nothing_caps_what_devices_claim(tmp_path: Path, server: str | None, run: int | None, said: str) -> None:
+    if server is not None:
+        (tmp_path / "server.toml").write_text(f'{server}names = ["localhost"]\n')
+    assert fp_server.cli._uncapped(tmp_path, run) == said
