@@ -85,9 +85,8 @@ def test_every_command_works_from_another_machine(tmp_path):
         did = [
             (entry["action"], entry["object"]) for entry in mine if entry["actor"] == "alice-op" and entry["action"] != "enroll"
         ]
-        read = [("read ledger", "run toy-run")] * 2
-        assert [action for action, _ in did if action != read[0][0]] == ["start", "pause", "resume", "token", "revoke", "start", "stop"]
-        assert did[3:5] == read and did[:3] == [(action, "run toy-run") for action in ("start", "pause", "resume")]
+        actions = "start, pause, resume, read ledger, read ledger, token, revoke, start, stop"
+        assert ", ".join(action for action, _ in did) == actions and {what for _, what in did[:5]} == {"run toy-run"}
         assert did[6][1].startswith("bob: 1 certificates")
         certificate = tls.check_validity(there / "operator.pem")
         for entry in mine:
