@@ -24,7 +24,7 @@ SOON = 30.0
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    names = tuple(f"mallory-{n}" for n in range(30))
+    names = tuple(f"mallory-{n}" for n in range(40))
     one = Besieged(tmp_path_factory.mktemp("siege") / "server", ("alice", "bob", "mallory", *names), connections=120)
     one.attackers = iter(names)
     one.start()

@@ -99,7 +99,9 @@ def test_a_line_of_the_log_has_date_time_and_level() -> None:
         (None, 500, ""),
     ],
 )
-def test_a_start_warns_where_nothing_caps_what_devices_claim(tmp_path: Path, server: str | None, run: int | None, said: str) -> None:
+def test_a_start_warns_where_nothing_caps_what_devices_claim(
+    tmp_path: Path, server: str | None, run: int | None, said: str
+) -> None:
     if server is not None:
         (tmp_path / "server.toml").write_text(f'{server}names = ["localhost"]\n')
     assert fp_server.cli._uncapped(tmp_path, run) == said
