@@ -86,6 +86,8 @@ class Played:
             assert result.outcome == "identical" and not result.restarts, f"{case.name}: {result.why}"
             processes = ("server", *DEVICES, "export")
             trace = counted({one: (root / "marks" / one / "trace").read_text().splitlines() for one in processes})
+            if name in before:  # how often some points are passed differs a little, and the cases must stay the same
+                trace = before[name]["trace"]
             same_as_before = name not in before or same(before[name]["found"], result.found)
             assert same_as_before, f"two undisturbed runs differ: {path} is of another machine; remove {self._directory}"
             self.expected[eventful], self.traces[eventful] = result.found, trace

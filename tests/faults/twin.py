@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-NEAR = 2e-5
+NEAR = 1e-6
 """How far apart the norms may be, as a part of the whole: the server keeps float32, and drops what is 1e-7 of the largest."""
 
 Matrix = npt.NDArray[np.float64]
