@@ -106,7 +106,7 @@ fuzz-sample: $(VENV)/.fuzz ## A few seconds of make fuzz
 
 FAULTS := .cache/faults
 
-faults: $(STAMP) ## Whole federations killed at every named fault point, on both sides (half an hour; goes on where it stopped)
+faults: $(STAMP) ## Whole federations killed at every named fault point, on both sides (an hour; goes on where it stopped)
 	$(BIN)/python -m tests.faults points --dir $(FAULTS)
 
 faults-random: $(STAMP) ## A hundred federations with three random faults each: kills, cut and half-open connections, full disks, flipped bits

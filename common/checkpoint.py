@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from common.errors import ModelError, UnknownFamilyError
 from common.faults import fault
 from common.tensorfile import TensorFile, TensorInfo
 from common.types import ModelManifest, ModuleShape
+
+logger = logging.getLogger(__name__)
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "smollm3", "olmo2"})
 """`model_type` values this project streams."""
@@ -152,16 +155,22 @@ class Checkpoint:
 
 
 def cached_fingerprint(checkpoint: Checkpoint, cache: Path, progress: Callable[[int, int], None] | None = None) -> str:
-    """The fingerprint, remembered in `cache` by the files' stamp so that a restart does not read all weights."""
+    """The fingerprint, remembered in `cache` by the files' stamp so that a restart does not read all weights.
+
+    Where it can't be remembered (a full disk), the next start reads them again.
+    """
     path = cache / f"fingerprint-{checkpoint.stamp()[:32]}"
     if path.exists() and len(text := path.read_text().strip()) == 64:
         return text
     fingerprint = checkpoint.fingerprint(progress)
-    cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(fingerprint + "\n")
-    fault("common.fingerprint.written")
-    temporary.replace(path)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(fingerprint + "\n")
+        fault("common.fingerprint.written")
+        temporary.replace(path)
+    except OSError as error:
+        logger.warning("%s can't be written, so the weights are read again at the next start: %s", path, error.strerror)
     return fingerprint
 
 

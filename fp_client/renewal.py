@@ -73,9 +73,15 @@ async def stay_valid(connection: Connection, renewed: Callable[[], Awaitable[Non
             log.warning("%s ends on %s and is not renewed yet: %s; next try in %.0f s", path, _day(certificate), error, delay)
             await sleep(delay)
         else:
-            failures = 0
             log.info("%s is renewed: valid until %s", path, _day(new))
             await renewed()
+            if due(new).timestamp() > time.time():
+                failures = 0
+                continue
+            delay = retries(new).delay(failures)  # each asks the server for another, and opens the session anew
+            failures += 1
+            log.warning("%s is new, and due again by this machine's clock: is the clock ahead? Next try in %.0f s", path, delay)
+            await sleep(delay)
 
 
 def _day(certificate: x509.Certificate) -> str:

@@ -141,6 +141,32 @@ def test_what_a_server_may_not_make_of_a_device(tmp_path, issue, said):
     against(tmp_path, body)
 
 
+def test_a_clock_that_is_ahead_does_not_make_it_ask_again_and_again(tmp_path, caplog):
+    """What it gets is due at once by its clock: it waits, longer each time, before it asks for another."""
+    slept: list[float] = []
+    enough = asyncio.Event()
+
+    async def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 4:
+            enough.set()
+            await asyncio.Event().wait()
+
+    async def body(server):
+        server.renewal.issue = lambda peer, key: server.ca.device(peer.name, key, valid=DUE)
+        connection = Connection(tmp_path, server.address)
+        renewing = asyncio.create_task(renewal.stay_valid(connection, lambda: asyncio.sleep(0), sleep))
+        async with asyncio.timeout(20):
+            await enough.wait()
+        renewing.cancel()
+        await connection.close()
+
+    with caplog.at_level(logging.WARNING):
+        against(tmp_path, body)
+    assert all(30 <= seconds <= 3600 for seconds in slept) and max(slept) > 2 * slept[0], slept
+    assert "is the clock ahead?" in caplog.text
+
+
 def test_a_certificate_that_has_ended_is_not_asked_for(tmp_path, caplog):
     async def body(server):
         connection = Connection(tmp_path, server.address)

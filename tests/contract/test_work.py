@@ -228,7 +228,7 @@ def test_an_adapter_of_a_larger_rank_than_announced_is_not_loaded(home):
             check_ranks((AdapterFile(2, str(path)),), most)
     for a, b in (((4,), (4, 4)), ((), (4, 4)), ((4, 9), (4, 9)), ((0, 4), (1 << 40, 0))):
         write_tensors(path, {f"layers.2.self_attn.q_proj.lora_{f}": np.zeros(s, np.float32) for f, s in (("A", a), ("B", b))})
-        with pytest.raises(ProtocolError, match="adapter of layer 3: self_attn.q_proj: A .* are no factors of one matrix"):
+        with pytest.raises(ProtocolError, match=r"adapter of layer 3: self_attn\.q_proj: A .* are no factors of one matrix"):
             check_ranks((AdapterFile(2, str(path)),), 9)
     path.write_bytes(b"\xff" * 64)
     with pytest.raises(ModelError, match="truncated or corrupt"):
