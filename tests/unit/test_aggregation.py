@@ -331,7 +331,7 @@ def test_an_update_that_can_not_be_stacked_is_named_for_what_it_is_and_nothing_i
     good, bad = contribution(tmp_path, "a", 0.25, 2, 0), contribution(tmp_path, "b", 0.75, 2, 1)
     blocks = [LoraBlock(LAYER, m.name, np.full((2, m.d_in), 1e-38, "f4"), np.full((m.d_out, 2), 3e38, "f4")) for m in MODULES]
     write_blocks(bad.path, blocks)
-    with pytest.raises(LostUpdates, match="mlp.down_proj.lora_B' holds 3e[+]38") as caught:
+    with pytest.raises(LostUpdates, match=r"mlp.down_proj.lora_B' holds 3e[+]38") as caught:
         aggregate_layer(LAYER, MANIFEST, all_by([good, bad]), None, tmp_path / "out")
     assert list(caught.value.lost) == ["b"] and not (tmp_path / "out").exists()
 
@@ -346,7 +346,7 @@ def test_the_largest_and_smallest_there_may_be_are_stacked_without_a_warning(sca
     for pair in ((b, np.full((2, 24), most)), (b, np.full((2, 24), small)), (np.full((24, 2), small), np.full((2, 24), most))):
         blocks = [LoraBlock(0, "m", np.resize(pair[1], (rank, 24)), np.resize(pair[0], (24, rank))) for rank in ranks]
         assert not any(too_large("A", one.a, scale) or too_large("B", one.b, scale) for one in blocks)
-        holders = [Holder(f"d{n}", 0.5, scale, rank, lambda n=n: blocks[n]) for n, rank in enumerate(ranks)]
+        holders = [Holder(f"d{n}", 0.5, scale, rank, lambda n=n, blocks=blocks: blocks[n]) for n, rank in enumerate(ranks)]
         got = update_fresh(empty(*shape), holders)
         assert isinstance(got, Dense) == (sum(ranks) > 24)
         factors, _ = recompress(got, 4)
