@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from common.checkpoint import dump_manifest, manifest_from_json
-from common.errors import ConfigError, IdentityError, UnreachableError
+from common.errors import ConfigError, IdentityError, StorageError, UnreachableError
 from common.pb import admin_pb2, admin_pb2_grpc, enroll_pb2, enroll_pb2_grpc, types_pb2
 from common.transport import serde
 from common.transport.tls import ROLES
@@ -23,6 +24,8 @@ from fp_server.damage import ledger_path
 from fp_server.identity import Revoked
 from fp_server.roundstate import Entry
 from fp_server.status import LAST, run_summary, status
+
+logger = logging.getLogger("fp_server")
 
 PAGE = 100
 """Rounds read from the log for one status."""
@@ -198,7 +201,10 @@ class Admin(admin_pb2_grpc.AdminServicer):
             actor = self._operator(context, "ReadLedger")
             machine, store = await self._coordinator.look_up(request.run), self._coordinator.store
             entry = audit.Entry(actor, "read ledger", f"run {machine.name}")
-            await asyncio.to_thread(self._coordinator.log.enter, lambda c: audit.append(c, entry))
+            try:
+                await asyncio.to_thread(self._coordinator.log.enter, lambda c: audit.append(c, entry))
+            except StorageError as error:  # a full disk must not be in the way of saving the model
+                logger.error("that %s read the ledger of %s is not in the audit trail: %s", actor.name, machine.name, error)
             ledger = sorted(machine.ledger.items())
             head = admin_pb2.LedgerHead(
                 run=machine.name, model=machine.config.model.name, manifest=dump_manifest(machine.manifest),

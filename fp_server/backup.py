@@ -8,6 +8,7 @@ where one was gone already, a newer log is copied.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -33,8 +34,8 @@ from fp_server.objects import ObjectStore, storage_error
 FILES = ("ca.pem", "ca.key", "server.pem", "server.key", "operator.pem", "operator.key")
 """What is copied beside configuration, log and objects, where it is there."""
 PRIVATE, OBJECT = 0o600, 0o444
-TRIES = 20
-"""How often a newer log is copied because the server had removed an object of the older one."""
+TRIES, FEW = 20, 3
+"""How often a newer log is copied because the server had removed an object of the older one; and where it may be missing."""
 PIECE = 1 << 20
 
 OnObject = Callable[[int, int], None]
@@ -89,14 +90,15 @@ class _Archive:
 class _Hashed(io.RawIOBase):
     """A file whose digest is known when it has been read."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.digest = file, hashlib.sha256()
+    def __init__(self, file: IO[bytes], name: str) -> None:
+        self._file, self._name, self.digest = file, name, hashlib.sha256()
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
+        with _readable(self._name):
+            data = self._file.read(size)
         self.digest.update(data)
         return data
 
@@ -134,15 +136,15 @@ def _damaged(directory: Path, objects: list[str], opened: dict[str, IO[bytes]]) 
     """Those that are damaged or missing: looked for before anything is written, as nothing can be taken out of an archive."""
     store, found = ObjectStore(directory, reading=True), list[str]()
     for digest in objects:
-        if (file := opened.get(digest)) is not None:
-            sound = hashlib.file_digest(file, "sha256").hexdigest() == digest  # type: ignore[arg-type]
-            file.seek(0)
-        else:
-            try:
-                sound = bool(store.sound(digest))
-            except DamagedError:
-                sound = False
-        if not sound:
+        try:
+            if (file := opened.get(digest)) is None:
+                store.sound(digest)
+            else:
+                with _readable(digest):
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:  # type: ignore[arg-type]
+                        raise DamagedError(digest)
+                file.seek(0)
+        except DamagedError:
             found.append(digest)
     return tuple(found)
 
@@ -175,8 +177,8 @@ def _snapshot(directory: Path, copy: Path, incomplete: bool) -> Iterator[tuple[_
 
     `incomplete`: at the last try without those that are missing.
     """
-    store = ObjectStore(directory, reading=True)
-    for attempt in range(TRIES):
+    store, tries = ObjectStore(directory, reading=True), FEW if incomplete else TRIES
+    for attempt in range(tries):
         log, objects, living = _copy_log(directory, copy)
         with contextlib.ExitStack() as held:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -185,10 +187,10 @@ def _snapshot(directory: Path, copy: Path, incomplete: bool) -> Iterator[tuple[_
             opened: dict[str, IO[bytes]] = {}
             try:
                 for digest in living:
-                    with contextlib.suppress(*(FileNotFoundError,) if incomplete and attempt + 1 == TRIES else ()):
+                    with contextlib.suppress(*(FileNotFoundError,) if incomplete and attempt + 1 == tries else ()):
                         opened[digest] = held.enter_context((directory / "objects" / digest[:2] / digest).open("rb"))
             except FileNotFoundError:
-                if attempt + 1 < TRIES:
+                if attempt + 1 < tries:
                     copy.unlink()
                     time.sleep(0.1)
                     continue
@@ -259,6 +261,17 @@ def _write(
     return total
 
 
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """In here an object is read: a disk that can't is damage of the object."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise DamagedError(f"{what} can't be read: {error.strerror}") from None
+
+
 def _place(made: Path, out: Path) -> None:
     """Give a finished file its name, replacing nothing."""
     try:
@@ -278,7 +291,7 @@ def _add_object(directory: Path, sink: _Sink, digest: str, file: IO[bytes] | Non
             file = file or held.enter_context((directory / place).open("rb"))
         except FileNotFoundError:
             raise DamagedError(f"{directory / place} is missing{hint}") from None
-        size, hashed = os.fstat(file.fileno()).st_size, _Hashed(file)
+        size, hashed = os.fstat(file.fileno()).st_size, _Hashed(file, str(directory / place))
         sink.add(place, hashed, size, OBJECT)  # type: ignore[arg-type]
     if hashed.digest.hexdigest() != digest:
         raise DamagedError(f"the bytes of {directory / place} are not what was written{hint}")

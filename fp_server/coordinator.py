@@ -78,6 +78,8 @@ class Coordinator:
         self.keeper = Keeper(log, store, self.background, lambda: self.active, self.note)
         self._ended: dict[str, RunMachine] = {}
         self._bytes_down = 0
+        self._failing_since: float | None = None
+        """Since when the log can't be written, as far as that is not made up for yet."""
         self.draining = False
         """The server is about to stop: it begins nothing more."""
 
@@ -153,9 +155,31 @@ class Coordinator:
         while True:
             await asyncio.sleep(TICK)
             try:
+                await self.look_at_log()
                 await self.post(Tick())
             except Exception:  # the clock must go on, whatever one tick ran into
                 logger.exception("a look at the clock failed")
+
+    async def look_at_log(self) -> None:
+        """Where the log could not be written: whether it can again, as nobody else may have anything to write."""
+        if self._failing_since is None:
+            return
+        async with self.lock:
+            try:
+                await self.log.touch()
+            except StorageError as error:
+                self.note("log", str(error))
+                return
+            if self.active is not None:
+                self._excuse(self.active, self.clock())
+            self._failing_since = None
+            self.note("log")
+
+    def _excuse(self, machine: RunMachine, now: float) -> None:
+        """What devices said while the log could not be written was not heard: that time is not theirs."""
+        if self._failing_since is not None:
+            machine.pardon(now - self._failing_since, now)
+            self._failing_since = now
 
     @property
     def problem(self) -> str:
@@ -196,8 +220,7 @@ class Coordinator:
         try:
             while pending:
                 item, now = pending.popleft(), self.clock()
-                if "log" in self._problems:  # whatever devices said meanwhile could not be written either
-                    machine.pardon(now)
+                self._excuse(machine, now)
                 if isinstance(item, e.Event):
                     if item.run != machine.name:
                         return
@@ -205,10 +228,12 @@ class Coordinator:
                         await self.log.append(item, now, also if item is happening else None)
                     except StorageError as error:
                         self.note("log", str(error))
+                        self._failing_since = now
                         if item is happening:
                             raise
                         return  # what followed from it is asked for again at the next tick
                     self.note("log")
+                    self._failing_since = None
                     tell(item)
                 before = machine.references() if isinstance(item, _FREEING) else frozenset()
                 commands = machine.handle(item, now)

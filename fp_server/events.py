@@ -134,6 +134,8 @@ class DeviceDropped:
     device: str
     error: str
     message: str
+    revoked: bool = False
+    """Its certificate was revoked: it is out of the round even when its update had been accepted."""
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,10 @@ class EventLog:
         await self._database.transact(work)
         fault("server.log.append.after", kind)
 
+    async def touch(self) -> None:
+        """Whether it can be written again: a durable write that changes nothing. Raises StorageError."""
+        await self._database.transact(lambda c: c.execute("PRAGMA user_version = 0"))
+
     def enter(self, also: Also) -> None:
         """Write what is no event, in a transaction of its own. Raises StorageError. Not for the event loop: it waits."""
         self._database.run(also)

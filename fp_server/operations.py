@@ -13,7 +13,7 @@ from fp_server.coordinator import Coordinator
 from fp_server.limits import RUN_FILE
 from fp_server.log import Also
 from fp_server.narrate import tell
-from fp_server.rounds import REVOKED, RunMachine
+from fp_server.rounds import RunMachine
 from fp_server.roundstate import Stage
 from fp_server.work import parse_run, run_started
 
@@ -79,4 +79,4 @@ async def kick(coordinator: Coordinator, name: str) -> None:
     if machine is None or current is None or current.closed is not None:
         return
     if (member := current.members.get(name)) is not None and member.stage is not Stage.DROPPED:
-        await coordinator.insist(e.DeviceDropped(machine.name, current.opened.key, name, REVOKED, str(error)))
+        await coordinator.insist(e.DeviceDropped(machine.name, current.opened.key, name, "IdentityError", str(error), True))

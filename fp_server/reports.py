@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import replace
 
-from common.errors import FedPrunerError, ProtocolError
+from common.errors import FedPrunerError, LimitError, ProtocolError
 from common.types import PlanReport, ProbeReport, Progress, TaskFailed, TaskKey, UpdateReady
 from fp_server import events as e
 from fp_server.capacity import plan_problem
@@ -29,7 +29,10 @@ async def plan_reported(coordinator: Coordinator, device: str, report: PlanRepor
     machine = coordinator.active
     if machine is not None and event != machine.plans.get(device):  # an event in the log: nobody may fill it
         if (wait := coordinator.new_plans.take(device, time.monotonic(), LONGEST)) > LONGEST:
-            coordinator.complaints.say(device, f"device {device} has said too often that it can hold something else; not taken")
+            problem = f"device {device} says too often that it can hold something else"
+            coordinator.complaints.say(device, problem)
+            if (session := coordinator.sessions.get(device)) is not None:  # it comes again after a while, with its newest plan
+                session.close(LimitError(f"{problem}; try again in {wait:.0f} s"))
             return
         if wait:
             await asyncio.sleep(wait)

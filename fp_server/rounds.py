@@ -35,9 +35,6 @@ from fp_server.progress import begin_anew, count
 from fp_server.roundstate import Member, Round, Stage
 from fp_server.runstate import RunState
 
-REVOKED = "IdentityError"
-"""The error of a device that was revoked: it is out of the open round even when its update has been accepted."""
-
 
 class RunMachine(RunState):
     """One run. `handle` is the only thing that changes it."""
@@ -47,8 +44,6 @@ class RunMachine(RunState):
     def handle(self, happening: e.Event | Stimulus, now: float) -> list[Command]:
         """Take in one event or stimulus at time `now` (seconds); returns what must be done, in order."""
         out: list[Command] = []
-        if isinstance(happening, e.Event):
-            self.last_at = now
         match happening:
             case e.PlanReceived():
                 self.plans[happening.device] = happening
@@ -72,7 +67,7 @@ class RunMachine(RunState):
                     self._ask(happening.device, out)
             case e.DeviceDropped():
                 member = self._member(happening.device, happening.key)
-                if member and (not member.settled or (member.stage is Stage.DONE and happening.error == REVOKED)):
+                if member and (not member.settled or (member.stage is Stage.DONE and happening.revoked)):
                     member.accepted, member.dropped, member.stage = None, happening, Stage.DROPPED
                     self._cancel(happening.device, happening.key, happening.message, out)
                     self._ask(happening.device, out)
@@ -108,10 +103,11 @@ class RunMachine(RunState):
         out.extend(decide(self, now))
         return out
 
-    def pardon(self, now: float) -> None:
-        """Silence so far is not the devices': the server was down, or could not write down what they said."""
+    def pardon(self, seconds: float, now: float) -> None:
+        """So much time until now was not the devices': the server could not write down what they said."""
         for member in self.current.members.values() if self.current is not None else ():
-            member.progress_at = now
+            member.progress_at = min(now, member.progress_at + seconds)
+            member.moved_at = min(now, member.moved_at + seconds)
 
     def _member(self, device: str, key: TaskKey) -> Member | None:
         if self.current is None or self.current.opened.key != key or self.current.closed is not None:
@@ -211,10 +207,9 @@ class RunMachine(RunState):
         self.idle_since = now
         if self.current is None:
             return
-        self.pardon(now)
-        # Nor does it count for the round's limit, and the clock may have been set meanwhile, either way.
-        self.current.opened_at = now - max(0.0, self.last_at - self.current.opened_at)
+        self.current.opened_at = min(self.current.opened_at, now)  # the clock may have been set back
         for device, member in self.current.members.items():
+            member.progress_at = now  # silence while the server was down is not the device's
             if member.stage is Stage.CHOOSING:
                 out.append(Choose(self.current.opened.key, device))
         if self.current.closed is not None:

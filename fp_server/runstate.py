@@ -33,8 +33,6 @@ class RunState:
         self.failures = 0
         """Failed attempts at the next round since the run was last resumed; `attempt` only ever grows within a round."""
         self.idle_since = 0.0
-        self.last_at = 0.0
-        """When its last event happened."""
         self.current: Round | None = None
         self.evaluated: tuple[str, ...] = ()
         """The devices that measured the loss before the first round (`run.evaluation = "all"`)."""

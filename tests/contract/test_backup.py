@@ -171,6 +171,26 @@ def test_a_damaged_object_can_be_left_out_and_is_named(stopped, tmp_path, name):
         assert {path.name for path in (tmp_path / name / "objects").glob("??/*")} == {path.name for path in sound}
 
 
+def test_an_object_that_the_disk_can_not_read_is_damaged_and_named(stopped, tmp_path):
+    class Broken:
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            raise OSError(5, "Input/output error")
+
+        read = readinto
+
+        def fileno(self):
+            return os.open("/dev/null", os.O_RDONLY)
+
+    (tmp_path / "new").mkdir()
+    digest = next((stopped.directory / "objects").glob("??/*")).name
+    assert backing._damaged(stopped.directory, [digest], {digest: Broken()}) == (digest,)
+    with pytest.raises(DamagedError, match=f"{digest} can't be read: Input/output error"):
+        backing._add_object(stopped.directory, backing._Directory(tmp_path / "new"), digest, Broken())
+
+
 def test_a_disk_without_hard_links_takes_an_archive(stopped, tmp_path, monkeypatch):
     def none(source, target):
         raise OSError(1, "Operation not permitted")

@@ -48,7 +48,7 @@ def differ(what: str, found: dict[Place, Matrix], wanted: dict[Place, Matrix]) -
         one, other = found.get(at), wanted.get(at)
         whole = float(np.linalg.norm(other if other is not None else one))  # type: ignore[arg-type]
         apart = whole if one is None or other is None else float(np.linalg.norm(one - other))
-        if apart > NEAR * max(whole, 1e-12):
+        if not apart <= NEAR * max(whole, 1e-12):  # nor NaN
             out.append(f"{what}: layer {at[0] + 1} {at[1]} is {apart / max(whole, 1e-12):.1e} away from the sum of the updates")
     return out
 

@@ -64,6 +64,11 @@ class SlowLog(EventLog):
         await super().append(event, at, also)
         await asyncio.sleep(0.05)
 
+    async def touch(self):
+        if self.full:
+            raise StorageError("the disk is full")
+        await super().touch()
+
 
 async def both_assigned(coordinator, key):
     """Devices a and b have reported their probes, and units are chosen for them."""
@@ -392,6 +397,33 @@ def test_the_time_of_a_full_disk_counts_against_nobody(tmp_path, database):
         await asyncio.gather(*waiting)
         assert coordinator.active.current.opened.key == key
         assert not any(isinstance(event, e.DeviceDropped) for _, event in coordinator.log.replay("r"))
+        now[0] += 599.0
+        await coordinator.post(c.Tick())
+        assert coordinator.active.current.opened.key == key
+
+    with_coordinator(tmp_path, database, body, log)
+
+
+def test_a_moment_of_a_full_disk_does_not_keep_who_is_silent(tmp_path, database):
+    """The one thing to be written is that a device is out, and it met a full disk: when there is room the next look writes it."""
+    log, now = SlowLog(database), [1000.0]
+
+    async def body(coordinator):
+        coordinator.clock = lambda: now[0]
+        for device in "ab":
+            await coordinator.connect(Session(device))
+            await plan_reported(coordinator, device, report(device))
+        now[0] += 601.0
+        log.full = True
+        await coordinator.post(c.Tick())
+        await coordinator.look_at_log()
+        assert coordinator.problem == "the disk is full"
+        log.full = False
+        await coordinator.look_at_log()
+        assert coordinator.problem == ""
+        await coordinator.post(c.Tick())
+        out = [event.device for _, event in coordinator.log.replay("r") if isinstance(event, e.DeviceDropped)]
+        assert out == ["a", "b"]
 
     with_coordinator(tmp_path, database, body, log)
 
@@ -425,12 +457,13 @@ def test_a_revoked_device_takes_its_update_out_of_the_open_round(tmp_path, datab
 def test_another_device_can_not_fill_the_log_with_plans(tmp_path, database):
     async def body(coordinator):
         coordinator.new_plans = Buckets(1 / 1000, 5)
-        await coordinator.connect(Session("a"))
+        await coordinator.connect(session := Session("a"))
         for n in range(40):
             coordinator.active.stale.add("a")  # it has come again
             await plan_reported(coordinator, "a", dataclasses.replace(report(), refusal=f"no {n}"))
         kept = [event for _, event in coordinator.log.replay("r") if isinstance(event, e.PlanReceived)]
         assert len(kept) == 5
+        assert "says too often" in session.reason  # and it comes again, later
         await plan_reported(coordinator, "b", report("b"))
         coordinator.active.stale.add("b")
         assert "b" in coordinator.active.plans
