@@ -46,6 +46,8 @@ logger = logging.getLogger("fp_server")
 
 TICK = 0.5
 """Seconds between looks at the clock."""
+AGAIN = 1.0
+"""Seconds until an event that must not be lost is tried again on a full disk."""
 PLANS, PLANS_AT_ONCE = 30.0, 20.0
 """Seconds between plans of one device that differ, each an event in the log, and how many at once."""
 _FREEING = (e.RoundCommitted, e.RoundClosed, e.UpdatesReviewed, e.RunEnded, e.DeviceDropped)
@@ -338,7 +340,7 @@ class Coordinator:
             try:
                 return await self.post(event)
             except StorageError:  # noted where it was met
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(AGAIN)
 
     # -- what devices do -------------------------------------------------------------------------
 

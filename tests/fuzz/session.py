@@ -20,11 +20,13 @@ from google.protobuf.message import DecodeError
 from server_side import MANIFEST, blocks_of, digest_of, plan_report, probe_report, ready_for, run_toml
 
 from common.blocks import write_blocks
-from common.errors import FedPrunerError
+from common.bucket import Buckets
+from common.errors import FedPrunerError, StorageError
 from common.pb import objects_pb2, session_pb2
 from common.transport import serde
 from common.types import Assignment, ModelManifest, TaskKey
 from fp_server import commands as c
+from fp_server import coordinator as coordinating
 from fp_server import events as e
 from fp_server import operations, reports
 from fp_server.config import ServerConfig
@@ -52,8 +54,16 @@ class MemoryLog:
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, float, str, str]] = []
+        self.full = 0
+        """So many writes fail from now on."""
+
+    async def touch(self) -> None:
+        if self.full:
+            self.full -= 1
+            raise StorageError("the disk is full")
 
     async def append(self, event: e.Event, at: float = 0.0, also: Any = None) -> None:
+        await self.touch()
         self.rows.append((event.run, at, *e.encode(event)))
 
     def check(self) -> None:
@@ -116,6 +126,7 @@ class Case:
     def _server(self) -> Coordinator:
         made = Coordinator(ServerConfig(names=["x"]), self.log, ObjectStore(self.directory), lambda: self.now)  # type: ignore[arg-type]
         made.background.thread = Inline()
+        made.new_plans = Buckets(1e9, 1e9)  # who is slowed down takes real time
         self.ears = Sessions(made, None)  # type: ignore[arg-type]
         return made
 
@@ -170,7 +181,7 @@ class Case:
         source = self.source
         name = source.of(DEVICES)
         peer = self.peers[name]
-        match source.below(16):
+        match source.below(17):
             case 0 | 1:
                 peer.session = Session(name)
                 await self.coordinator.connect(peer.session)
@@ -180,6 +191,7 @@ class Case:
                     peer.session = None
             case 3:
                 self.now += source.of((0.5, 1.0, 60.0, 601.0, 90_000.0, -5.0))
+                await self.coordinator.look_at_log()
                 await self.coordinator.post(c.Tick())
             case 4 | 5 | 6:
                 for one in DEVICES:
@@ -206,6 +218,8 @@ class Case:
                     await operations.kick(self.coordinator, name)
                 elif self.coordinator.active is None:
                     await self._start()
+            case 16:
+                self.log.full = 1 + source.below(5)
             case 15:
                 status(self.coordinator.active, "", [name], source.of((0, 1, 3)), source.of((0, 1, 2**32 - 1)))
 
@@ -350,6 +364,7 @@ def state(machine: Any) -> Any:
 
 def session(data: bytes) -> None:
     """One case, from its bytes."""
+    coordinating.AGAIN = 0.0
     directory, alarm = shared_memory("fuzz-session-"), Alarm()
     logger = logging.getLogger("fp_server")
     logger.addHandler(alarm)
@@ -374,4 +389,5 @@ def session_seeds() -> list[bytes]:
         whole[:11] + (answer + tick) * 8,
         whole + bytes((0, 13)) + connect + answer * 6,
         whole + bytes((1, 7, 3, 2, 10, 2)),
+        whole[:11] + (answer + bytes((0, 16, 1)) + answer + tick) * 6,
     ]
