@@ -15,8 +15,9 @@ from collections.abc import Callable
 from common.bucket import Buckets
 from common.errors import FedPrunerError, InUseError, NotFound, StorageError, TooLate, UnreachableError
 from common.faults import fault
-from fp_server import damage, folding
+from fp_server import damage
 from fp_server import events as e
+from fp_server.archive import Archive
 from fp_server.background import Background
 from fp_server.commands import (
     Aggregate,
@@ -38,7 +39,6 @@ from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.reviewing import review_round
 from fp_server.rounds import RunMachine
-from fp_server.roundstate import Entry
 from fp_server.sessions import Session
 from fp_server.work import aggregate_round, choose_units
 
@@ -53,8 +53,6 @@ PLANS, PLANS_AT_ONCE = 30.0, 20.0
 _FREEING = (e.RoundCommitted, e.RoundClosed, e.UpdatesReviewed, e.RunEnded, e.DeviceDropped)
 """Events after which objects may be needed no more."""
 STOPPING = "the server is stopping; try again later"
-KEPT = 16
-"""Ended runs whose folded state is kept for whoever asks."""
 
 
 def steady_clock() -> Callable[[], float]:
@@ -63,13 +61,12 @@ def steady_clock() -> Callable[[], float]:
     return lambda: offset + time.monotonic()
 
 
-class Coordinator:
+class Coordinator(Archive):
     """All runs and all sessions of one server."""
 
     def __init__(self, config: ServerConfig, log: EventLog, store: ObjectStore, clock: Callable[[], float] | None = None) -> None:
-        self.config, self.log, self.store, self.clock = config, log, store, clock or steady_clock()
-        self.active: RunMachine | None = None
-        self.names: list[str] = []
+        super().__init__(log)
+        self.config, self.store, self.clock = config, store, clock or steady_clock()
         self.sessions: dict[str, Session] = {}
         self.complaints = Complaints()
         self.new_plans = Buckets(1 / PLANS, PLANS_AT_ONCE)
@@ -78,7 +75,6 @@ class Coordinator:
         self.lock = asyncio.Lock()
         self.background = Background()
         self.keeper = Keeper(log, store, self.background, lambda: self.active, self.note)
-        self._ended: dict[str, RunMachine] = {}
         self._bytes_down = 0
         self._failing_since: float | None = None
         """Since when the log can't be written, as far as that is not made up for yet."""
@@ -120,38 +116,6 @@ class Coordinator:
         """
         await self.drain()
         await self.background.stop(patience)
-
-    def fold(self, run: str) -> RunMachine:
-        """A run's state from its events. Raises NotFound, DamagedError."""
-        return folding.fold(self.log, run)
-
-    def past(self, run: str, index: int, count: int) -> list[Entry]:
-        """At most `count` ended rounds of a run from the 0-based `index` on, read from the log. For a thread of its own."""
-        return folding.past(self.log, run, index, count)
-
-    def run(self, name: str) -> RunMachine:
-        """A run by name, or the newest for an empty one. Raises NotFound."""
-        if not name and not self.names:
-            raise NotFound("no run has been started yet (`fp-server start RUN.toml`)")
-        name = name or (self.active.name if self.active is not None else self.names[-1])
-        if self.active is not None and self.active.name == name:
-            return self.active
-        return self._ended[name] if name in self._ended else self._keep(self.fold(name))
-
-    async def look_up(self, name: str) -> RunMachine:
-        """`run`, with the log read in a thread of its own where memory doesn't have it: nobody waits for the loop meanwhile."""
-        name = name or (self.names[-1] if self.active is None and self.names else "")
-        if not name or name in self._ended or (self.active is not None and self.active.name == name):
-            return self.run(name)
-        return self._keep(await asyncio.to_thread(self.fold, name))
-
-    def _keep(self, machine: RunMachine) -> RunMachine:
-        """An ended run never changes; a watched one is asked for twice a second."""
-        if machine.ended is not None:
-            while len(self._ended) >= KEPT:
-                del self._ended[next(iter(self._ended))]
-            self._ended[machine.name] = machine
-        return machine
 
     async def _tick(self) -> None:
         while True:
