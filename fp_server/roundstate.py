@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from fp_server import events as e
@@ -93,8 +93,10 @@ class Loss:
     total: float
     """Sum of the devices' losses, each times its tokens."""
     tokens: int
-    devices: frozenset[str]
-    """Whose data it was measured on."""
+    measured_by: int
+    """How many devices have measured it."""
+    devices: frozenset[str] | None
+    """Whose data it was measured on; None when that is too long ago to be kept."""
 
 
 class History:
@@ -114,6 +116,9 @@ class History:
         self._last.append((a_round, commit))
         self.total += 1
         add_losses(self._losses, a_round)
+        old = a_round.opened.key.round - KEPT
+        if old > 0 and (point := self._losses.get(old)) is not None and point.devices is not None:
+            self._losses[old] = replace(point, devices=None)  # a hundred names a round are gigabytes in a year
         if commit is not None:
             self.committed, self.trained = self.committed + 1, a_round.opened.drawn
 
@@ -146,13 +151,15 @@ def add_losses(losses: dict[int, Loss], a_round: Round) -> None:
     An attempt at the same round starts from the same adapter, so its devices' figures belong to the same mean; who has
     been counted already (in an evaluation of all, or an attempt that failed) measured the same and isn't counted again.
     """
-    for device, member in a_round.members.items():
-        if member.probe is not None and member.probe.tokens > 0:
-            at = a_round.opened.key.round
-            so_far = losses.get(at, Loss(0.0, 0, frozenset()))
-            if device not in so_far.devices:
-                losses[at] = Loss(
-                    so_far.total + member.probe.loss * member.probe.tokens,
-                    so_far.tokens + member.probe.tokens,
-                    so_far.devices | {device},
-                )
+    at = a_round.opened.key.round
+    so_far = losses.get(at, Loss(0.0, 0, 0, frozenset()))
+    known = so_far.devices or frozenset()
+    new = {
+        device: member.probe
+        for device, member in a_round.members.items()
+        if member.probe is not None and member.probe.tokens > 0 and device not in known
+    }
+    if new:
+        total = so_far.total + sum(probe.loss * probe.tokens for probe in new.values())
+        tokens = so_far.tokens + sum(probe.tokens for probe in new.values())
+        losses[at] = Loss(total, tokens, so_far.measured_by + len(new), known | new.keys())

@@ -13,12 +13,14 @@ from common.types import UnitId
 from fp_server import events as e
 from fp_server.capacity import refusal
 from fp_server.rounds import RunMachine
-from fp_server.roundstate import Entry, History, Member, Round, add_losses
+from fp_server.roundstate import KEPT, Entry, History, Member, Round, add_losses
 
 LAST = 10
 """Entries of the history a status has when nobody asks for more."""
 HISTORY_BYTES = 2 << 20
 """A status holds no more of the history than this, and always one entry: a message may have 4 MiB."""
+POINTS = 1000
+"""Of the loss curve in one status; all the rounds' figures come page by page."""
 
 
 def run_summary(machine: RunMachine) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def _summary(machine: RunMachine, curve: list[Point]) -> dict[str, Any]:
         "rounds": machine.config.run.rounds,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
-        "loss_devices": [len(curve[0].devices), len(curve[-1].devices)] if curve else [],
+        "loss_devices": [curve[0].measured_by, curve[-1].measured_by] if curve else [],
         "loss_same_devices": same,
     }
 
@@ -48,8 +50,10 @@ class Point(NamedTuple):
 
     rounds_done: int
     loss: float
-    devices: frozenset[str]
-    """Whose held-out data it was measured on."""
+    measured_by: int
+    """How many devices have measured it."""
+    devices: frozenset[str] | None
+    """Whose held-out data it was measured on; None of a round that is long over, but for the first."""
 
 
 def loss_curve(machine: RunMachine) -> list[Point]:
@@ -60,7 +64,14 @@ def loss_curve(machine: RunMachine) -> list[Point]:
     curve = machine.history.losses()
     if machine.current is not None and all(m.probe is not None or m.settled for m in machine.current.members.values()):
         add_losses(curve, machine.current)
-    return [Point(index, found.total / found.tokens, found.devices) for index, found in sorted(curve.items())]
+    return [Point(index, found.total / found.tokens, found.measured_by, found.devices) for index, found in sorted(curve.items())]
+
+
+def _thinned(curve: list[Point], shown: set[int]) -> list[Point]:
+    """At most some `POINTS` of a long run's points: the first, the last, those of the rounds shown, and others evenly."""
+    step = -(-len(curve) // POINTS)
+    last = len(curve) - KEPT
+    return [p for i, p in enumerate(curve) if i % step == 0 or i >= last or p.rounds_done in shown]
 
 
 def status(
@@ -87,7 +98,10 @@ def status(
         "history": history,
         "history_first": begin + 1,
         "history_total": machine.history.total,
-        "loss": [{"rounds_done": p.rounds_done, "loss": p.loss, "devices": sorted(p.devices)} for p in curve],
+        "loss": [
+            {"rounds_done": p.rounds_done, "loss": p.loss, "measured_by": p.measured_by, "devices": p.devices and sorted(p.devices)}
+            for p in _thinned(curve, {entry["rounds_done"] for entry in history})
+        ],
         "start": machine.config.lora.start.value,
         "gradient": machine.config.train.gradient.value,
         "min_devices": machine.config.run.min_devices,

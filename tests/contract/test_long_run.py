@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from fp_server.objects import ObjectStore
 from fp_server.operator import Operator
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import KEPT, History
+from fp_server.status import status
+from fp_server.work import parse_run
 
 ROUNDS, NAMES = 300, tuple(f"device-{i:02}" for i in range(20))
 RUN = "toy-run"
@@ -108,3 +111,37 @@ def test_what_the_server_keeps_of_it_does_not_grow_with_its_rounds(server):
             coordinator.past(RUN, ROUNDS, 1)
     finally:
         database.close()
+
+
+def test_a_round_that_is_long_over_costs_a_point_of_the_curve_and_no_more():
+    """Months of rounds: what the state grows by is a few figures a round, and a status stays small."""
+    names = tuple(f"device-{i:02}" for i in range(10))
+    machine = RunMachine(parse_run(run_toml(rounds=10_000, final_evaluation=False), "test"), MANIFEST)
+    for name in names:
+        machine.handle(e.PlanReceived(RUN, name, plan_report(RUN), 40), 0.0)
+
+    def rounds(begin, end):
+        for index in range(begin, end):
+            key = TaskKey(RUN, index, 0)
+            machine.handle(e.RoundOpened(RUN, key, names, names), 0.0)
+            for name in names:
+                machine.handle(e.ProbeReceived(RUN, key, name, EMPTY, EMPTY.ravel(), 2.0, 100, 1, 1.0), 0.0)
+            machine.handle(e.RoundClosed(RUN, key, True, "quorum"), 0.0)
+            machine.handle(e.RoundCommitted(RUN, key, (), (), dict.fromkeys(names, 40), 1, 1), 0.0)
+
+    rounds(0, 100)
+    tracemalloc.start()
+    try:
+        rounds(100, 130)
+        before = tracemalloc.get_traced_memory()[0]
+        rounds(130, 1530)
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown / 1400 < 400, f"{grown / 1400:.0f} bytes a round"
+    said = status(machine, "", list(names))
+    assert said["loss"][0]["devices"] == sorted(names) == said["loss"][-1]["devices"] and said["loss"][700]["devices"] is None
+    assert all(point["measured_by"] == 10 for point in said["loss"])
+    assert 765 <= len(said["loss"]) <= 1100 and said["loss"][-1]["rounds_done"] == 1529
+    assert {entry["rounds_done"] for entry in said["history"]} <= {point["rounds_done"] for point in said["loss"]}
+    assert len(json.dumps(said)) < 1 << 19

@@ -312,9 +312,9 @@ def test_every_device_is_counted_once_in_the_loss():
     shell.join("a", "b")
     event = probed(shell.key, "a", True)
     shell.do(replace(event, loss=1.0, tokens=10), replace(event, device="b", loss=2.0, tokens=30))
-    assert loss_curve(shell.machine) == [(0, pytest.approx(1.75), frozenset({"a", "b"}))]
+    assert loss_curve(shell.machine) == [(0, pytest.approx(1.75), 2, frozenset({"a", "b"}))]
     shell.probe("a", "b")
-    assert loss_curve(shell.machine) == [(0, pytest.approx(1.75), frozenset({"a", "b"}))]
+    assert loss_curve(shell.machine) == [(0, pytest.approx(1.75), 2, frozenset({"a", "b"}))]
 
 
 def test_without_a_final_evaluation_the_last_commit_ends_the_run():

@@ -95,9 +95,9 @@ def test_the_loss_curve_is_weighted_by_tokens_and_has_the_final_evaluation():
     shell.do(committed(key))
     shell.probe("a")
     both = frozenset({"a", "b"})
-    assert loss_curve(shell.machine) == [(0, pytest.approx(1.5), both)], "b has not reported yet"
+    assert loss_curve(shell.machine) == [(0, pytest.approx(1.5), 2, both)], "b has not reported yet"
     shell.probe("b")
-    assert loss_curve(shell.machine) == [(0, pytest.approx(1.5), both), (1, pytest.approx(2.0), both)]
+    assert loss_curve(shell.machine) == [(0, pytest.approx(1.5), 2, both), (1, pytest.approx(2.0), 2, both)]
     assert "final evaluation  2 devices, full-model held-out loss 2.0000" in shown(status_view(whole(shell.machine)))
 
 
