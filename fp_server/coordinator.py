@@ -15,7 +15,6 @@ from collections.abc import Callable
 from common.bucket import Buckets
 from common.errors import FedPrunerError, InUseError, NotFound, StorageError, TooLate, UnreachableError
 from common.faults import fault
-from fp_server import damage
 from fp_server import events as e
 from fp_server.archive import Archive
 from fp_server.background import Background
@@ -33,6 +32,7 @@ from fp_server.commands import (
 )
 from fp_server.config import ServerConfig
 from fp_server.keeping import Keeper
+from fp_server.ledger import LostUpdates
 from fp_server.limits import Complaints
 from fp_server.log import Also, EventLog
 from fp_server.narrate import tell
@@ -278,7 +278,7 @@ class Coordinator(Archive):
                     self._bytes_down = 0
             except TooLate:  # the run was stopped meanwhile
                 break
-            except damage.LostUpdates as error:  # the round goes on until they are there again, or by its usual rules
+            except LostUpdates as error:  # the round goes on until they are there again, or by its usual rules
                 await self.insist(e.UpdatesLost(machine.name, command.key, error.lost))
                 break
             except FedPrunerError as error:

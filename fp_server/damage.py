@@ -14,19 +14,11 @@ from pathlib import Path
 from common.errors import DamagedError, NotFound
 from common.files import digest_file
 from fp_server.events import UpdateAccepted
-from fp_server.ledger import broadcast_layer
+from fp_server.ledger import LostUpdates, broadcast_layer
 from fp_server.objects import ObjectStore, storage_error
 from fp_server.rounds import RunMachine
 
 logger = logging.getLogger("fp_server")
-
-
-class LostUpdates(DamagedError):
-    """Accepted updates that can't be aggregated. `lost`: device -> what is wrong with its update."""
-
-    def __init__(self, lost: dict[str, str]) -> None:
-        super().__init__("; ".join(f"the update of {device!r}: {why}" for device, why in sorted(lost.items())))
-        self.lost = lost
 
 
 def check_updates(store: ObjectStore, accepted: dict[str, UpdateAccepted]) -> None:

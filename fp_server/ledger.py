@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from common.blocks import key, read_block, write_blocks
-from common.errors import ModelError, StorageError
+from common.errors import DamagedError, ModelError, StorageError
 from common.tensorfile import TensorFile, TensorWriter
 from common.types import LoraBlock, ModelManifest, ModuleShape, Start
 from fp_server.aggregation import Holder, next_rank, too_large, update_fresh, update_global
@@ -23,6 +23,14 @@ from fp_server.lowrank import Delta, Dense, Factored, empty, recompress
 
 OPEN_FILES = 32
 """Updates held open at once, however many devices there are."""
+
+
+class LostUpdates(DamagedError):
+    """Accepted updates that can't be aggregated. `lost`: device -> what is wrong with its update."""
+
+    def __init__(self, lost: dict[str, str]) -> None:
+        super().__init__("; ".join(f"the update of {device!r}: {why}" for device, why in sorted(lost.items())))
+        self.lost = lost
 
 
 @dataclass(frozen=True)
@@ -190,8 +198,6 @@ def _holder(files: _Files, part: Contribution, layer: int, module: str) -> Holde
         block = read_block(files.update(part.path), layer, module)
         for factor, tensor in (("A", block.a), ("B", block.b)):
             if why := too_large(factor, tensor, part.scale):
-                from fp_server.damage import LostUpdates  # it needs this module, to make broadcasts anew
-
                 raise LostUpdates({part.device: f"tensor {key(layer, module, factor)!r} {why}"})
         return block
 

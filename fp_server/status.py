@@ -99,7 +99,12 @@ def status(
         "history_first": begin + 1,
         "history_total": machine.history.total,
         "loss": [
-            {"rounds_done": p.rounds_done, "loss": p.loss, "measured_by": p.measured_by, "devices": p.devices and sorted(p.devices)}
+            {
+                "rounds_done": p.rounds_done,
+                "loss": p.loss,
+                "measured_by": p.measured_by,
+                "devices": p.devices and sorted(p.devices),
+            }
             for p in _thinned(curve, {entry["rounds_done"] for entry in history})
         ],
         "start": machine.config.lora.start.value,

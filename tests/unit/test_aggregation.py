@@ -16,8 +16,7 @@ from common.tensorfile import TensorFile, TensorWriter, write_tensors
 from common.types import LoraBlock, ModelManifest, ModuleShape, Start
 from fp_server import ledger as ledger_module
 from fp_server.aggregation import ENTRY, Holder, next_rank, too_large, update_fresh, update_global
-from fp_server.damage import LostUpdates
-from fp_server.ledger import Contribution, aggregate_layer, broadcast_layer, open_ledger, read_delta
+from fp_server.ledger import Contribution, LostUpdates, aggregate_layer, broadcast_layer, open_ledger, read_delta
 from fp_server.lowrank import Delta, Dense, Factored, empty, lossless, recompress, split_top
 from fp_server.validation import REPRESENTABLE
 
