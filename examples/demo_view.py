@@ -32,6 +32,11 @@ def mib(count: float | None) -> str:
     return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB" if count else "0"
 
 
+def in_mib(count: float | None) -> str:
+    """The same below a head that names the unit."""
+    return "–" if count is None else f"{count / 2**20:.{0 if count >= 10 * 2**20 else 1}f}"
+
+
 def ranges(layers: list[str]) -> str:
     """Layer names shortened: ``1-4 7 9-11``."""
     numbers = sorted(int(layer) for layer in layers)
@@ -81,6 +86,8 @@ def headline(status: Status) -> str:
 def doing(status: Status, device: str) -> str:
     """What a device does now."""
     current = status["current"]
+    if status["state"] == "finished":
+        return "done"
     if current is None:
         seen = status["devices"][device]
         if not seen["connected"]:
@@ -125,7 +132,7 @@ def live(status: Status | None, budgets: Mapping[str, str], elapsed: float) -> R
         table.add_column(name, min_width=min(width, 9), max_width=width, no_wrap=name != "layers it draws")
     for device in budgets:
         if device not in status["devices"]:
-            table.add_row(device, budgets[device], "", "starts", "")
+            table.add_row(device, budgets[device], "", "done" if status["state"] == "finished" else "starts", "")
             continue
         member = ((status["current"] or {}).get("devices") or {}).get(device, {})
         style = "green" if member.get("stage") == "done" else ""
@@ -209,21 +216,21 @@ def _by_budget(entry: Mapping[str, Any], status: Status) -> list[tuple[str, Mapp
 
 
 def _round(entry: Mapping[str, Any], status: Status) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")  # all of it fits 80 columns
     table.add_column("device", min_width=8)
     table.add_column("groups", justify="right")
-    table.add_column("layers drawn, one a group", ratio=1, min_width=26)
+    table.add_column("layers drawn,\none a group", ratio=1, min_width=18)
     for name in ("up", "budget", "predicted", "measured"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("training loss", no_wrap=True)
+        table.add_column(f"{name}\nMiB", justify="right", no_wrap=True)
+    table.add_column("training\nloss", no_wrap=True)
     for device, member in _by_budget(entry, status):
         if "update_bytes" not in member:
             table.add_row(device, "", Text(member.get("message", member["stage"]), style="red"), "", "", "", "", "")
             continue
         table.add_row(
-            device, str(len(member["groups"])), ranges(member["units"]), mib(member["update_bytes"]),
-            mib(status["devices"][device]["budget_bytes"]), mib(member["predicted_peak_bytes"]),
-            mib(member["measured_peak_bytes"]),
+            device, str(len(member["groups"])), ranges(member["units"]), in_mib(member["update_bytes"]),
+            in_mib(status["devices"][device]["budget_bytes"]), in_mib(member["predicted_peak_bytes"]),
+            in_mib(member["measured_peak_bytes"]),
             f"{member['loss_first']:.2f} → {member['loss_last']:.2f}",
         )  # fmt: skip
     return table

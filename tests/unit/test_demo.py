@@ -132,19 +132,26 @@ def _status(full: list[float | None], first: float = 9.0, last: float = 8.0) -> 
     }  # fmt: skip
 
 
-def _text(view, status: dict) -> str:
-    console = Console(width=100, force_terminal=False, color_system=None)
+def _text(view, status: dict, width: int = 100) -> str:
+    console = Console(width=width, force_terminal=False, color_system=None)
     with console.capture() as captured:
         console.print(view.report(status))
     return captured.get()
 
 
-def test_the_report_has_every_figure_of_a_round_in_100_columns(view):
-    text = _text(view, _status([3.1, 3.2, 3.3, 3.4]))
-    assert max(map(len, text.splitlines())) <= 100
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_report_has_every_figure_of_a_round(view, width):
+    status = _status([3.1, 3.2, 3.3, 3.4], 10.25, 10.0)
+    entry = status["history"][0]
+    entry["devices"]["big"] |= {"units": [str(i) for i in range(1, 31, 2)], "update_bytes": 123 << 20}
+    text = _text(view, status, width)
+    assert max(map(len, text.splitlines())) <= width
     assert "Round 1  full-model held-out loss before it 3.1000 (2 devices)" in text
+    heads = ["device", "groups", "one", "a", "group", *["MiB"] * 4, "loss"]
+    assert heads in [line.split() for line in text.splitlines()] and "up budget predicted measured training" in text
     row = next(line.split() for line in text.splitlines() if line.startswith("small"))
-    assert row == ["small", "4", "1-3", "30", "3", "MiB", "250", "MiB", "300", "MiB", "290", "MiB", "9.00", "→", "8.00"]
+    assert row == ["small", "4", "1-3", "30", "3.0", "250", "300", "290", "10.25", "→", "10.00"]
+    assert "123    400       300      290 10.25 → 10.00" in text
     assert "1  │  2  │  3-4  │  29-30" in text
 
 
