@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import ConfigError, FedPrunerError, StorageError
+from common.errors import ConfigError, FedPrunerError, StorageError, UnreachableError
 from fp_client.commands import HERE, Directory, Json, at, bar, err, out
 from fp_client.config import ClientConfig, cache_dir, human, load_config, need_server
 from fp_client.policy import load_policy
@@ -70,7 +70,8 @@ class Doctor:
 
     def _read_config(self) -> str:
         self.config = load_config(self.directory)
-        return f"{self.directory / 'client.toml'} is read; device {self.config.device}, {self.config.threads} thread(s)"
+        threads = "1 thread" if self.config.threads == 1 else f"{self.config.threads} threads"
+        return f"{self.directory / 'client.toml'} is read; device {self.config.device}, {threads}"
 
     def _policy(self) -> str:
         policy = load_policy(self.directory)
@@ -100,28 +101,34 @@ class Doctor:
         return ", ".join(found)
 
     async def _server(self) -> str:
-        """The standard health service over our mTLS channel: it does not disturb a daemon's session."""
+        """The standard health service, which asks for no identity, and a question that does.
+
+        Neither disturbs a daemon's session.
+        """
         import grpc
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 
         from common.transport.replies import serving
         from fp_client.rpc import Connection
+        from fp_client.rpc_objects import Transfer
 
         address = need_server(self.config, self.directory)
         connection = Connection(self.directory, address)
         try:
             for _ in range(2):  # a refused certificate is believed the second time
                 try:
-                    reply = await health_pb2_grpc.HealthStub(connection.channel).Check(
-                        health_pb2.HealthCheckRequest(), timeout=10
-                    )
-                    said = serving(reply, address)
-                    return f"{address} accepts this certificate ({said})"
-                except grpc.aio.AioRpcError as error:
-                    if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-                        return f"{address} accepts this certificate"
-                    found = await connection.translate(error)
-            raise found
+                    said = ""
+                    try:
+                        stub = health_pb2_grpc.HealthStub(connection.channel)
+                        said = f" ({serving(await stub.Check(health_pb2.HealthCheckRequest(), timeout=10), address)})"
+                    except grpc.aio.AioRpcError as error:
+                        if error.code() != grpc.StatusCode.UNIMPLEMENTED:
+                            raise await connection.translate(error) from None
+                    await Transfer(connection).admitted()
+                    return f"{address} accepts this certificate{said}"
+                except UnreachableError as error:
+                    away = error
+            raise away
         finally:
             await connection.close()
 

@@ -134,6 +134,8 @@ def plan(
     from fp_client.shapes import shape_of
     from fp_client.work import budget_of, resolve_device
 
+    if not directory.is_dir():
+        raise ConfigError(f"--dir: {directory} is no directory; name the one that `fp-client join` made, or leave it out")
     config = load_config(directory) if (directory / FILE).exists() else ClientConfig()
     device = resolve_device(config.device)
     try:

@@ -121,7 +121,7 @@ def split_rows(rows: Rows, source: DataSource) -> Split:
     wanted = max(1, min(round(source.heldout * len(unique)), source.heldout_max))
     if len(unique) <= wanted:
         raise DataError(
-            f"{rows.name}: {len(unique)} different example(s), of which {wanted} are held out: nothing is left to train on"
+            f"{rows.name}: too few different examples ({len(unique)}, {wanted} held out): nothing is left to train on"
         )
     held = set(unique[:wanted])
     first: dict[bytes, int] = {}

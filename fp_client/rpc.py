@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import ssl
 import time
@@ -46,6 +47,12 @@ _WORTH_A_RETRY = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
 """What a server that is stopping or overloaded answers, when the error is none of ours."""
+
+_AROUND = re.compile(
+    r"failed to connect to all addresses; last error: \w+: ipv[46]:\S+: (Failed to connect to remote host: )?"
+    r"|errors resolving .*address lookup failed for \S+: "
+)
+"""What gRPC puts around the system's words for a server that can't be reached."""
 
 
 def diagnose(directory: Path, address: str, timeout: float = 5.0, pauses: tuple[float, ...] = PAUSES) -> IdentityError | None:
@@ -164,6 +171,14 @@ class Session:
         await self._held.aclose()
 
 
+def _reason(details: str) -> str:
+    """Why a server can't be reached, without gRPC's own words around the system's."""
+    if (around := _AROUND.match(details)) is None:
+        return details
+    words = details[around.end() :].rstrip("]")
+    return words[:1].lower() + words[1:]
+
+
 def heard(message: session_pb2.ServerMessage | None, address: str) -> ServerSays:
     """What a session's stream has brought, as a value. Raises ProtocolError."""
     message = readable(message, "message", address)
@@ -262,7 +277,7 @@ class Connection:
             self._refusals = self._refusals + 1 if verdict else 0
             if verdict is not None and self._refusals >= 2:
                 return verdict
-            return UnreachableError(f"{self.address}: can't be reached: {raw.details()}")
+            return UnreachableError(f"{self.address}: can't be reached: {_reason(raw.details() or '')}")
         if raw.code() in _WORTH_A_RETRY and type(error) is FedPrunerError:
             return UnreachableError(str(error))
         return error

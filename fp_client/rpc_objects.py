@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from time import monotonic
@@ -15,7 +16,16 @@ from typing import Any
 
 import grpc.aio
 
-from common.errors import DigestError, FedPrunerError, LimitError, OffsetError, ProtocolError, StorageError, UnreachableError
+from common.errors import (
+    DigestError,
+    FedPrunerError,
+    LimitError,
+    NotFound,
+    OffsetError,
+    ProtocolError,
+    StorageError,
+    UnreachableError,
+)
 from common.faults import fault
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde, wire
@@ -23,6 +33,9 @@ from common.transport.replies import readable
 from common.types import ObjectRef, UpdateReady
 from fp_client.cache import storage_error
 from fp_client.rpc import ANSWER_SECONDS, Connection
+from fp_client.says import plain
+
+log = logging.getLogger(__name__)
 
 MAX_OBJECT = 4 << 30
 """No adapter object is larger; a server that announces more is refused before a byte is fetched."""
@@ -53,6 +66,19 @@ class Transfer:
         stub: objects_pb2_grpc.ObjectsAsyncStub = objects_pb2_grpc.ObjectsStub(channel)
         return stub
 
+    async def admitted(self) -> None:
+        """Ask for the offset of nothing: the server looks at who asks before it looks at what, and nothing changes by it.
+
+        Raises IdentityError for a certificate that is revoked or of another role, which the health service lets pass.
+        """
+        async with self.connection.using() as channel:
+            try:
+                await self._stub(channel).Offset(objects_pb2.OffsetRequest(), timeout=ANSWER_SECONDS)
+            except grpc.aio.AioRpcError as raw:
+                error = await self.connection.translate(raw, channel)
+                if not isinstance(error, (ProtocolError, NotFound)):  # these are about the question: who asks may ask
+                    raise error from None
+
     async def fetch(self, ref: ObjectRef, target: Path, progress: OnBytes = lambda done, total: None) -> None:
         """Fetch an object into `target`, going on from ``<target>.part`` where one is left.
 
@@ -79,7 +105,9 @@ class Transfer:
                     error = await self.connection.translate(raw, channel) if isinstance(raw, grpc.aio.AioRpcError) else raw
                     if not isinstance(error, WAITED_OUT):
                         raise error from None
-                    tries = await self._pause(tries, part.stat().st_size - before if part.exists() else 0, error)
+                    tries = await self._pause(
+                        tries, part.stat().st_size - before if part.exists() else 0, error, f"object {ref.digest[:12]}"
+                    )
         fault("device.fetch.complete")
         part.replace(target)
         fault("device.fetch.renamed")
@@ -179,16 +207,24 @@ class Transfer:
                         again += 1
                         await asyncio.sleep(self.connection.backoff.delay(again - 1))
                     elif isinstance(error, WAITED_OUT):
-                        tries = await self._pause(tries, 0, error)
+                        tries = await self._pause(tries, 0, error, f"run {ready.key.run}, round {ready.key.round + 1}, update")
                     else:
                         raise error from None
 
-    async def _pause(self, tries: int, progressed: int, error: FedPrunerError) -> int:
-        """Wait before the next try; its number, begun anew after real progress. Raises when the tries are used up."""
+    async def _pause(self, tries: int, progressed: int, error: FedPrunerError, what: str) -> int:
+        """Wait before the next try; its number, begun anew after real progress. Raises when the tries are used up.
+
+        A refusal is logged at tries 1, 2, 4, 8 and so on. That a server is away the session says.
+        """
         tries = 1 if progressed >= wire.CHUNK else tries + 1
         if tries >= self.connection.backoff.attempts:
             raise error
-        await asyncio.sleep(self.connection.backoff.delay(tries - 1))
+        delay, most = self.connection.backoff.delay(tries - 1), self.connection.backoff.attempts
+        if not isinstance(error, UnreachableError) and tries & (tries - 1) == 0:
+            log.warning(
+                "%s: the server refuses for now: %s; try %d of %d in %.1f s", what, plain(str(error)), tries + 1, most, delay
+            )
+        await asyncio.sleep(delay)
         return tries
 
 

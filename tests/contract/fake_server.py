@@ -196,7 +196,8 @@ class Raw(grpc.aio.ServerInterceptor):
     """A servicer may answer bytes: they go out as they are, whether or not they are a message."""
 
     async def intercept_service(self, continuation, details):
-        handler = await continuation(details)
+        if (handler := await continuation(details)) is None:
+            return None  # no such method here
         encode = handler.response_serializer
         return handler._replace(response_serializer=lambda m: m if isinstance(m, bytes) else encode(m))
 

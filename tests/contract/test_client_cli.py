@@ -14,7 +14,7 @@ from fake_ca import FakeCa
 from fake_server import serving
 
 from common.checkpoint import Checkpoint
-from common.errors import ModelError, ProtocolError, UnknownFamilyError
+from common.errors import IdentityError, ModelError, ProtocolError, UnknownFamilyError
 from fp_client.cli import app
 from fp_client.enroll import write_server
 from fp_client.shapes import CONFIGS
@@ -121,6 +121,28 @@ def test_doctor_says_what_is_missing_and_what_to_do(tmp_path):
     assert code == 2
     assert {name for name, finding in found.items() if not finding["ok"]} == {"data", "model"}
     assert "accepts this certificate" in found["server"]["note"] and "add [data]" in found["data"]["note"]
+
+
+@pytest.mark.parametrize(
+    "why", ["has been revoked; ask the operator for a new token", "is an operator; this needs the role device"]
+)
+def test_doctor_shows_its_certificate_to_somebody_who_looks_at_it(tmp_path, why):
+    """The health service lets pass whatever the CA has signed."""
+
+    async def main():
+        async with serving() as server:
+            server.objects.error = IdentityError(f"the certificate of 'alice' {why}")
+            server.ca.join(tmp_path)
+            (tmp_path / "client.toml").write_text(f'server = "{server.address}"\n')
+            result = await call("doctor", "--dir", tmp_path, "--json")
+            assert server.sessions.opened == 0
+            return result
+
+    code, out, _ = asyncio.run(main())
+    assert code == 6
+    assert [finding["note"] for finding in json.loads(out) if finding["check"] == "server"] == [
+        f"the certificate of 'alice' {why}"
+    ]
 
 
 class Printed:
@@ -266,6 +288,11 @@ def test_a_damaged_model_is_named_with_its_file_and_3(tmp_path, run, damage):
         said = err.splitlines()[-1]  # before it, what making the model printed
         assert code == 3 and said.startswith(f"error: {model / name}: ") and why in said, err
     assert not (tmp_path / "m.json").exists()
+
+
+def test_a_plan_for_a_directory_that_is_not_there_ends_with_2(tmp_path, run):
+    code, out, err = run("plan", "--dir", tmp_path / "nodir")
+    assert code == 2 and not out and f"error: --dir: {tmp_path / 'nodir'} is no directory" in err
 
 
 def test_the_command_line_and_the_daemon_do_not_import_torch():

@@ -12,9 +12,11 @@ from cryptography import x509
 from fake_ca import FakeCa
 from test_client_cli import Printed
 
+from common.errors import IdentityError
 from common.token import JoinToken
 from common.transport import tls
-from fp_client.config import load_config
+from fp_client.commands_doctor import Doctor
+from fp_client.config import ClientConfig, load_config
 from fp_client.rpc import Connection
 from fp_server.operator import Operator
 
@@ -93,6 +95,17 @@ def test_a_certificate_is_renewed_in_its_own_directory(server, tmp_path, run, ag
         return opened.device
 
     assert asyncio.run(session()) == "alice"
+
+
+def test_doctor_says_that_a_device_is_revoked(server, tmp_path):
+    """And passes one that is not, though there is no run and nothing to ask about."""
+    operator, directory = Operator(server.directory), server.devices / "alice"
+    doctor = Doctor(directory, 0, True)
+    doctor.config = ClientConfig(server=server.address)
+    assert asyncio.run(doctor._server()) == f"{server.address} accepts this certificate (SERVING)"
+    operator.revoke("alice")
+    with pytest.raises(IdentityError, match="the certificate of 'alice' has been revoked"):
+        asyncio.run(doctor._server())
 
 
 def test_another_name_for_a_directory_is_said(server, tmp_path, run):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -26,7 +28,7 @@ from common.pb import session_pb2
 from common.transport import serde, wire
 from common.types import ObjectRef, Progress, TaskKey, UpdateMetrics, UpdateReady
 from fp_client.cache import ObjectCache
-from fp_client.rpc import Connection, Session
+from fp_client.rpc import Connection, Session, _reason
 from fp_client.rpc_objects import AGAIN, MAX_OBJECT, Transfer
 from fp_client.says import Cancel, RunEnded
 
@@ -329,6 +331,42 @@ def test_a_push_asks_again_only_so_often(tmp_path, kind, pushes):
         assert server.objects.pushes == pushes
 
     with_server(tmp_path, body)
+
+
+def test_a_refused_push_is_logged_at_growing_intervals(tmp_path, caplog):
+    async def body(server, connection):
+        connection.backoff = replace(QUICK, attempts=50)
+        server.objects.push_errors = [StorageError("the disk\nis full")] * 19
+        ready, path = update(tmp_path, 10)
+        with caplog.at_level(logging.WARNING):
+            await Transfer(connection).push(ready, path)
+        what = f"run {ready.key.run}, round {ready.key.round + 1}, update: the server refuses for now: the disk is full"
+        assert [message.partition(" in ")[0] for message in caplog.messages if "refuses for now" in message] == [
+            f"{what}; try {number} of 50" for number in (2, 3, 5, 9, 17)
+        ]
+
+    with_server(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv6:%5B::1%5D:7443: "
+            "Failed to connect to remote host: Connection refused",
+            "connection refused",
+        ),
+        ("failed to connect to all addresses; last error: INTERNAL: ipv4:1.2.3.4:1: A: b: C", "a: b: C"),
+        (
+            "errors resolving no.example:7443: [field:hostname lookup error:address lookup failed for no.example:7443: "
+            "Domain name not found]",
+            "domain name not found",
+        ),
+        ("Socket closed [1]", "Socket closed [1]"),
+    ],
+)
+def test_why_a_server_is_away_is_said_in_the_systems_words(details, said):
+    assert _reason(details) == said
 
 
 def test_a_fetch_waits_for_the_servers_disk_but_not_for_its_own(tmp_path):
