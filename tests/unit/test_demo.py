@@ -213,3 +213,15 @@ def test_plain_lines_do_not_stay_silent(view, capsys):
         "   33 s  server    so far: small 25 %",
         "",
     ]
+
+
+def test_the_last_frame_says_that_everybody_is_done(view):
+    """By then a device may be gone from the status, or no longer connected."""
+    status = _status([3.1, 3.2, 3.3, 3.4])
+    status["devices"]["small"]["connected"] = False
+    console = Console(width=80, force_terminal=False, color_system=None)
+    with console.capture() as captured:
+        console.print(view.live(status, {"big": "400MiB", "small": "250MiB", "gone": "1GiB"}, 12.0))
+    assert [line.split() for line in captured.get().splitlines() if "MiB" in line or "GiB" in line] == [
+        ["big", "400MiB", "done"], ["small", "250MiB", "done"], ["gone", "1GiB", "done"],
+    ]  # fmt: skip
