@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -32,12 +32,14 @@ from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore, storage_error
 
 FILES = ("ca.pem", "ca.key", "server.pem", "server.key", "operator.pem", "operator.key")
-"""What is copied beside configuration, log and objects, where it is there."""
+"""What is copied beside configuration, log and objects, where it is there. The operator's can be made anew."""
 PRIVATE, OBJECT = 0o600, 0o444
 TRIES, FEW = 20, 3
 """How often a newer log is copied because the server had removed an object of the older one; and where it may be missing."""
 PIECE = 1 << 20
 
+Uses = dict[str, list[str]]
+"""Digest -> what the object is, for a person."""
 OnObject = Callable[[int, int], None]
 """(objects copied, objects in all)."""
 
@@ -51,9 +53,15 @@ class Made:
     head: str
     objects: int
     bytes: int
+    needed: int
+    """Objects that the log needs: more than `objects` where some were left out."""
     warning: str = ""
     left_out: tuple[str, ...] = ()
     """Digests of damaged or missing objects that are not in it."""
+    bad: tuple[str, ...] = ()
+    """Of each of these: where it lies, what it is, what is wrong with it."""
+    missing: tuple[str, ...] = ()
+    """Of `FILES`, those a server can't do without and which are not in it, because the directory has none."""
 
 
 class _Sink(Protocol):
@@ -106,9 +114,9 @@ class _Hashed(io.RawIOBase):
 def backup(directory: Path, out: Path, seen: OnObject = lambda done, total: None, without_damaged: bool = False) -> Made:
     """Back a data directory up to `out`: a tar archive when its name ends in ``.tar``, else a directory like the original.
 
-    It appears whole or not at all. Raises ConfigError when `directory` is no server's or `out` exists or lies in it,
-    DamagedError when something to be copied is damaged (of objects only without `without_damaged`: it leaves these out),
-    StorageError when `out` can't be written.
+    It appears whole or not at all, and how that ended is entered in the audit trail. Raises ConfigError when `directory` is no
+    server's or `out` exists, lies in it or has nothing to lie in, DamagedError when something to be copied is damaged (of
+    objects only without `without_damaged`: it leaves these out), StorageError when `out` can't be written.
     """
     if not (directory / "log.sqlite").exists() or not (directory / "server.toml").exists():
         raise ConfigError(f"{directory}: not a server directory; run this on the server's machine, with its --dir")
@@ -116,52 +124,75 @@ def backup(directory: Path, out: Path, seen: OnObject = lambda done, total: None
         raise ConfigError(f"{out}: exists already; a backup replaces nothing, name another")
     if out.resolve().is_relative_to(directory.resolve()):
         raise ConfigError(f"{out}: lies in the directory it would be a backup of; name another place")
-    warning = _enter(directory, out)
+    if not out.parent.is_dir():  # a backup disk that isn't mounted
+        raise ConfigError(f"{out.parent}: no such directory; mount the disk that it is on, or make it first")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        made = _make(directory, out, seen, without_damaged)
+    except BaseException as error:
+        with contextlib.suppress(StorageError):  # what went wrong first is to be told
+            _enter(directory, out, f"failed: {str(error) or type(error).__name__}")
+        raise
+    try:
+        _enter(directory, out, audit.OK)
+    except StorageError as error:  # a full disk must not be in the way of a backup
+        return replace(made, warning=f"the backup is not in the audit trail: {error}")
+    return made
+
+
+def _make(directory: Path, out: Path, seen: OnObject, without_damaged: bool) -> Made:
+    try:
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:  # 0700
-            with _snapshot(directory, Path(work) / "log.sqlite", without_damaged) as (log, objects, opened):
-                lost = _damaged(directory, objects, opened) if without_damaged else ()
-                objects = [digest for digest in objects if digest not in lost]
-                made = _write(directory, Path(work), out, log, objects, opened, seen)
+            tries = FEW if without_damaged else TRIES
+            with _snapshot(directory, Path(work) / "log.sqlite", tries) as (log, uses, opened):
+                lost = _damaged(directory, uses, opened) if without_damaged else {}
+                objects = [digest for digest in uses if digest not in lost]
+                try:
+                    size, missing = _write(directory, Path(work), out, log, objects, opened, seen)
+                except DamagedError as first:
+                    raise _refusal(directory, uses, opened, first) from None
             sync_directory(out.parent)
     except OSError as error:
-        raise storage_error(out, error) from None
+        ours = error.filename is not None and Path(str(error.filename)).is_relative_to(directory)
+        raise storage_error(Path(str(error.filename)) if ours else out, error) from None
     except sqlite3.Error as error:
         raise StorageError(f"{out}: the log can't be copied: {error}") from None
-    return Made(out, log.events, log.head, len(objects), made, warning, lost)
+    return Made(out, log.events, log.head, len(objects), size, len(uses), "", tuple(lost), tuple(lost.values()), missing)
 
 
-def _damaged(directory: Path, objects: list[str], opened: dict[str, IO[bytes]]) -> tuple[str, ...]:
-    """Those that are damaged or missing: looked for before anything is written, as nothing can be taken out of an archive."""
-    store, found = ObjectStore(directory, reading=True), list[str]()
-    for digest in objects:
+def _damaged(directory: Path, uses: Uses, opened: dict[str, IO[bytes]]) -> dict[str, str]:
+    """Digest -> what to say of those that are damaged or missing. Nothing can be taken out of an archive, so who leaves them out
+    looks for them before anything is written."""
+    store, found = ObjectStore(directory, reading=True), dict[str, str]()
+    for digest, what in uses.items():
+        path = directory / "objects" / digest[:2] / digest
         try:
             if (file := opened.get(digest)) is None:
                 store.sound(digest)
             else:
+                file.seek(0)
                 with _readable(digest):
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:  # type: ignore[arg-type]
                         raise DamagedError(digest)
                 file.seek(0)
         except DamagedError:
-            found.append(digest)
-    return tuple(found)
+            found[digest] = f"{path} ({', '.join(what)}) is {'damaged' if path.exists() else 'missing'}"
+    return found
 
 
-def _enter(directory: Path, out: Path) -> str:
-    """The audit trail says who took the keys along. A full disk must not be in the way of a backup: then it is a warning."""
+def _refusal(directory: Path, uses: Uses, opened: dict[str, IO[bytes]], first: DamagedError) -> DamagedError:
+    """The error that names every bad object, and not the first only."""
+    bad = _damaged(directory, uses, opened)
+    said = f"{len(bad)} of {len(uses)} objects: {'; '.join(bad.values())}" if bad else str(first)
+    return DamagedError(f"{said}; see `fp-server verify {directory}`; `--without-damaged` leaves them out")
+
+
+def _enter(directory: Path, out: Path, outcome: str) -> None:
+    """The audit trail says who took the keys along, or tried to."""
+    database = Database(directory / "log.sqlite")
     try:
-        database = Database(directory / "log.sqlite")
-        try:
-            database.run(lambda c: audit.append(c, Entry(SERVER, "backup", f"to {out.resolve()}")))
-        finally:
-            database.close()
-    except DamagedError:
-        raise
-    except StorageError as error:
-        return f"the backup is not in the audit trail: {error}"
-    return ""
+        database.run(lambda c: audit.append(c, Entry(SERVER, "backup", f"to {out.resolve()}", outcome)))
+    finally:
+        database.close()
 
 
 @dataclass(frozen=True)
@@ -172,14 +203,13 @@ class _Log:
 
 
 @contextlib.contextmanager
-def _snapshot(directory: Path, copy: Path, incomplete: bool) -> Iterator[tuple[_Log, list[str], dict[str, IO[bytes]]]]:
+def _snapshot(directory: Path, copy: Path, tries: int) -> Iterator[tuple[_Log, Uses, dict[str, IO[bytes]]]]:
     """A copy of the log, the objects it needs, and those of them opened that the server may remove at any moment.
 
-    `incomplete`: at the last try without those that are missing.
+    At the last try without those that are missing: they are damage.
     """
-    store, tries = ObjectStore(directory, reading=True), FEW if incomplete else TRIES
     for attempt in range(tries):
-        log, objects, living = _copy_log(directory, copy)
+        log, uses, living = _copy_log(directory, copy)
         with contextlib.ExitStack() as held:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -187,24 +217,22 @@ def _snapshot(directory: Path, copy: Path, incomplete: bool) -> Iterator[tuple[_
             opened: dict[str, IO[bytes]] = {}
             try:
                 for digest in living:
-                    with contextlib.suppress(*(FileNotFoundError,) if incomplete and attempt + 1 == tries else ()):
+                    with contextlib.suppress(*(FileNotFoundError,) if attempt + 1 == tries else ()):
                         opened[digest] = held.enter_context((directory / "objects" / digest[:2] / digest).open("rb"))
             except FileNotFoundError:
-                if attempt + 1 < tries:
-                    copy.unlink()
-                    time.sleep(0.1)
-                    continue
-                store.sound(digest)  # raises that it is missing
-            yield log, objects, opened
+                copy.unlink()
+                time.sleep(0.1)
+                continue
+            yield log, uses, opened
             return
 
 
-def _copy_log(directory: Path, copy: Path) -> tuple[_Log, list[str], list[str]]:
+def _copy_log(directory: Path, copy: Path) -> tuple[_Log, Uses, list[str]]:
     """Copy the log; the copy, every object it needs, and those of runs under way."""
 
     def work(c: sqlite3.Connection) -> None:
         os.close(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
-        with contextlib.closing(sqlite3.connect(copy)) as target:
+        with _room(copy), contextlib.closing(sqlite3.connect(copy)) as target:
             c.backup(target)
 
     source = Database(directory / "log.sqlite", reading=True)
@@ -212,32 +240,47 @@ def _copy_log(directory: Path, copy: Path) -> tuple[_Log, list[str], list[str]]:
         source.run(work)
     finally:
         source.close()
-    database = Database(copy)
+    with _room(copy):
+        database = Database(copy)
     try:
         log = EventLog(database)
         head = log.check()
-        objects, living = dict[str, None](), list[str]()
+        uses, living = Uses(), list[str]()
         for run in log.runs():
             machine = fold(log, run)
             found = machine.uses()
-            objects |= dict.fromkeys(found)
+            for digest, what in found.items():
+                uses.setdefault(digest, []).extend(what)
             if machine.ended is None:
                 living += found
     finally:
         database.close()
-    return _Log(copy, head.seq, head.hash), list(objects), living
+    return _Log(copy, head.seq, head.hash), uses, living
+
+
+@contextlib.contextmanager
+def _room(copy: Path) -> Iterator[None]:
+    """In here the copy of the log is written: a full disk is that of the copy, and not the log's own as SQLite has it."""
+    try:
+        yield
+    except DamagedError:
+        raise
+    except (sqlite3.Error, StorageError) as error:
+        if "disk is full" in str(error) or shutil.disk_usage(copy.parent).free < PIECE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        raise
 
 
 def _write(
     directory: Path, work: Path, out: Path, log: _Log, objects: list[str], opened: dict[str, IO[bytes]], seen: OnObject
-) -> int:
-    """Write all of it beside `out` and put it in its place; the bytes of its objects."""
+) -> tuple[int, tuple[str, ...]]:
+    """Write all of it beside `out` and put it in its place; the bytes of its objects, and what it lacks of a server's files."""
     made = work / "made"
-    total = 0
+    total, there = 0, [name for name in FILES if (directory / name).exists()]
 
     def fill(sink: _Sink) -> None:
         nonlocal total
-        for name in ("server.toml", *(one for one in FILES if (directory / one).exists())):
+        for name in ("server.toml", *there):
             data = (directory / name).read_bytes()
             sink.add(name, io.BytesIO(data), len(data), PRIVATE)
         with log.path.open("rb") as file:
@@ -258,7 +301,7 @@ def _write(
         fill(_Directory(made))
         sync_directory(made)
         made.rename(out)
-    return total
+    return total, tuple(name for name in FILES if name not in there and not name.startswith("operator."))
 
 
 @contextlib.contextmanager
@@ -285,14 +328,13 @@ def _place(made: Path, out: Path) -> None:
 
 def _add_object(directory: Path, sink: _Sink, digest: str, file: IO[bytes] | None) -> int:
     place = f"objects/{digest[:2]}/{digest}"
-    hint = f"; see `fp-server verify {directory}`, or use --without-damaged"
     with contextlib.ExitStack() as held:
         try:
             file = file or held.enter_context((directory / place).open("rb"))
         except FileNotFoundError:
-            raise DamagedError(f"{directory / place} is missing{hint}") from None
+            raise DamagedError(f"{directory / place} is missing") from None
         size, hashed = os.fstat(file.fileno()).st_size, _Hashed(file, str(directory / place))
         sink.add(place, hashed, size, OBJECT)  # type: ignore[arg-type]
     if hashed.digest.hexdigest() != digest:
-        raise DamagedError(f"the bytes of {directory / place} are not what was written{hint}")
+        raise DamagedError(f"the bytes of {directory / place} are not what was written")
     return size

@@ -21,7 +21,7 @@ import typer
 from rich.text import Text
 
 from common.ending import leave_on_sigterm
-from common.errors import ConfigError, FedPrunerError, StorageError
+from common.errors import ConfigError, FedPrunerError, IdentityError, StorageError
 from common.faults import arm
 from common.files import disk_full
 from common.logs import OneLine
@@ -77,7 +77,10 @@ def run(
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _pin_malloc()
     from fp_server.app import serve
+    from fp_server.verify import lacking
 
+    if (dir / "server.toml").exists() and (lost := [one for name in ("ca", "server") for one in lacking(dir, name)]):
+        raise IdentityError("; ".join(lost))
     asyncio.run(serve(dir))
 
 

@@ -6,14 +6,18 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from common.errors import ConfigError
 from fp_server.cli_common import HERE, DataDirectory, Directory, Json, err, out
+
+if TYPE_CHECKING:
+    from fp_server.audit import Row
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -121,7 +125,7 @@ def audit(
     """Show who did what: tokens, certificates, runs, and what was refused. In a data directory the server need not run."""
     from fp_server.audit import verify as check
     from fp_server.maintenance import audited
-    from fp_server.views import audit_json, audit_table
+    from fp_server.views import NOTHING, audit_json, audit_lines, audit_table, counted
 
     if head and not verify:
         raise ConfigError("--head: goes with --verify")
@@ -129,18 +133,35 @@ def audit(
         raise ConfigError(f"--head: {head!r} is not a full hash (64 hex digits)")
     rows = audited(dir, 0.0 if verify else since(since_))
     if verify:
-        last = check(rows, head.lower())
+        at = 0
+
+        def noted() -> Iterator[Row]:
+            nonlocal at
+            for row in rows:
+                at = row.seq if row.hash == head.lower() else at
+                yield row
+
+        last = check(noted(), head.lower())
         count, found = (last.seq, last.hash) if last is not None else (0, "")
         if json_:
             print(json.dumps({"entries": count, "head": found}))  # noqa: T201
         else:
-            said = f"{count} entries, each follows from the one before; audit head {found or '(none)'}"
-            out.print(said, highlight=False, soft_wrap=True)
+            entries = counted(count, "entry", "entries")
+            said = f"{entries}, each follows from the one before; audit head {found or '(none)'}"
+            contains = f"\nit contains {head.lower()[:16]}… as entry {at}" if head else ""
+            out.print(said + contains, highlight=False, soft_wrap=True)
     elif json_:
         for row in rows:
             print(json.dumps(audit_json(row)))  # noqa: T201
-    else:
+    elif out.is_terminal:
         out.print(audit_table(rows))
+    else:
+        some = False
+        for line in audit_lines(rows):
+            some = True
+            print(line)  # noqa: T201
+        if not some:
+            print(NOTHING)  # noqa: T201
 
 
 def register(app: typer.Typer) -> None:

@@ -53,24 +53,25 @@ def backup(
 ) -> None:
     """Copy a data directory, consistent while its server works: log, objects, configuration, certificates and all keys (0600)."""
     from fp_server.backup import backup as make
-    from fp_server.views import size
+    from fp_server.verify import lacking
+    from fp_server.views import counted, size
 
     with err.status(Text(f"backing up {dir} to {target}")) as shown:
         made = make(dir, target, lambda done, total: shown.update(f"copying objects, {done} of {total}"), without_damaged)
-    for digest in made.left_out:
-        err.print(f"warning: object {digest} is damaged or missing and not in the backup", highlight=False, soft_wrap=True)
-    if made.warning:
-        err.print(f"warning: {made.warning}", highlight=False, soft_wrap=True)
+    lost = [said for name in ("ca", "server") for said in lacking(dir, name)] if made.missing else []
+    warnings = [*(f"{said}, and not in the backup" for said in made.bad), *lost, *filter(None, [made.warning])]
+    for said in warnings:
+        err.print(f"warning: {said}", highlight=False, soft_wrap=True)
     if json_:
         print(json.dumps({**asdict(made), "out": str(made.out)}))  # noqa: T201
     else:
-        log = f"{made.events} events (event log head {made.head[:16]}…)"
-        said = f"{made.out}: {log}, {made.objects} objects of {size(made.bytes)}"
-        out.print(
-            f"{said}\nit holds the keys of the server and its CA: keep it where nobody else reads",
-            highlight=False,
-            soft_wrap=True,
-        )
+        log = f"{counted(made.events, 'event')} (event log head {made.head[:16]}…)"
+        objects = f"{made.objects} of {made.needed} objects" if made.left_out else counted(made.objects, "object")
+        keys = [whose for name, whose in (("server.key", "the server"), ("ca.key", "its CA")) if name not in made.missing]
+        held = f"it holds the keys of {' and '.join(keys) or 'no server'}: keep it where nobody else reads"
+        lacks = f"\nnot in it: {', '.join(made.missing)}" if made.missing else ""
+        said = f"{made.out}: {log}, {objects} of {size(made.bytes)}{lacks}\n{held}"
+        out.print(said, highlight=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> None:

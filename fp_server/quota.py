@@ -50,14 +50,19 @@ class Quota:
         total, most = sum(announced.values()), self._limits.arrival_bytes
         if total > most:
             raise LimitError(
-                f"updates on their way in would take {total} bytes, and server.toml allows {most} (limits.arrival_bytes)"
+                f"updates on their way in would take {_mib(total)}, and server.toml allows {_mib(most)} (limits.arrival_bytes)"
             )
         missing = sum(bytes_ - min(bytes_, there.get(one, 0)) for one, bytes_ in announced.items())
         if free - missing < (kept := self._limits.disk_reserve_bytes):
             raise StorageError(
-                f"{self._directory}: {free} bytes are free, {missing} are on their way, and the server keeps {kept} for its log "
-                "(limits.disk_reserve_bytes); free some space, what was stored before is kept"
+                f"{self._directory}: {_mib(free)} are free, {_mib(missing)} are on their way, and the server keeps {_mib(kept)} "
+                "for its log (limits.disk_reserve_bytes); free some space, what was stored before is kept"
             )
+
+
+def _mib(count: int) -> str:
+    """Bytes for a person."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count} {'byte' if count == 1 else 'bytes'}"
 
 
 def _size(path: Path) -> int:

@@ -45,14 +45,19 @@ class Verdict:
     """What was found. `problems`: what makes the directory a damaged one; `notes`: what an owner may want to know."""
 
     directory: Path
+    log_sound: bool | None = None
+    """None: it could not be looked at; so for the others."""
     events: int = 0
     head: str = ""
     """Of the event log's chain."""
+    audit_sound: bool | None = None
     audited: int = 0
     audit_head: str = ""
     """Of the audit trail's chain, which is another: the one that `fp-server audit --verify` knows."""
     runs: dict[str, str] = field(default_factory=dict)
     """Run -> where it stands."""
+    looked: bool = False
+    """Whether it is known what objects are needed: not when the log can't be folded."""
     needed: int = 0
     needed_bytes: int = 0
     bad: list[BadObject] = field(default_factory=list)
@@ -73,10 +78,10 @@ class Verdict:
         """For scripts."""
         return {
             "dir": str(self.directory), "damaged": self.damaged, "problems": self.problems, "notes": self.notes,
-            "events": self.events, "head": self.head, "audit_entries": self.audited,
-            "audit_head": self.audit_head, "runs": self.runs,
-            "objects": self.needed, "object_bytes": self.needed_bytes, "orphans": self.orphans, "leftovers": self.leftovers,
-            "quarantine": self.quarantine,
+            "log_sound": self.log_sound, "events": self.events, "head": self.head, "audit_sound": self.audit_sound,
+            "audit_entries": self.audited, "audit_head": self.audit_head, "runs": self.runs,
+            "objects_looked_at": self.looked, "objects": self.needed, "object_bytes": self.needed_bytes,
+            "orphans": self.orphans, "leftovers": self.leftovers, "quarantine": self.quarantine,
             "bad_objects": [
                 {"digest": bad.digest, "uses": list(bad.uses), "problem": bad.problem, "advice": bad.advice} for bad in self.bad
             ],
@@ -91,6 +96,7 @@ def verify(directory: Path, seen: OnObject = lambda done, total: None) -> Verdic
     store = ObjectStore(directory, reading=True)
     _files(directory, verdict)
     needed = _look(directory, store, verdict, seen)
+    verdict.looked = needed is not None
     if needed is not None:
         verdict.orphans = {digest: size for digest, size in sorted(store.stored().items()) if digest not in needed}
     verdict.leftovers = _sizes(directory, "partial/*/*", "scratch/*", "*.tmp")
@@ -106,6 +112,9 @@ def _files(directory: Path, verdict: Verdict) -> None:
         verdict.problems.append(str(error))
     for name in ("ca", "server", "operator"):
         problems = verdict.notes if name == "operator" else verdict.problems  # the server does without an operator of its own
+        if lost := lacking(directory, name):
+            problems += lost
+            continue
         try:
             certificate = x509.load_pem_x509_certificate((directory / f"{name}.pem").read_bytes())
             if certificate.public_key() != load_key(directory / f"{name}.key").public_key():
@@ -114,6 +123,24 @@ def _files(directory: Path, verdict: Verdict) -> None:
             problems.append(str(error) if isinstance(error, IdentityError) else f"{directory / name}.pem: {error}")
         if (directory / f"{name}.key").exists() and (said := exposed(directory / f"{name}.key")):
             verdict.notes.append(said)
+
+
+def lacking(directory: Path, name: str) -> list[str]:
+    """What to do about those files of `name` (ca, server, operator) that a server's directory has no more."""
+    copy = "copy it from an older backup"
+    without = "without it make a new directory (`fp-server init`), and every device must join again"
+    remedies = {
+        "ca.pem": copy,
+        "ca.key": f"{copy}; {without}",
+        "server.pem": f"{copy}, of the same server.key",
+        "server.key": f"{copy}, and server.pem with it; {without}",
+    }
+    anew = f"`fp-server operator --dir {directory}` makes it anew"
+    return [
+        f"{directory / file} is missing: {remedies.get(file, anew)}"
+        for file in (f"{name}.pem", f"{name}.key")
+        if not (directory / file).exists()
+    ]
 
 
 def _look(directory: Path, store: ObjectStore, verdict: Verdict, seen: OnObject) -> dict[str, list[str]] | None:
@@ -129,10 +156,11 @@ def _look(directory: Path, store: ObjectStore, verdict: Verdict, seen: OnObject)
             head = log.check()
         except DamagedError as error:
             verdict.problems.append(str(error))
+            verdict.log_sound = False
             return None
         finally:
             _check_audit(database, verdict)
-        verdict.events, verdict.head = head.seq, head.hash
+        verdict.log_sound, verdict.events, verdict.head = True, head.seq, head.hash
         if not database.chained:
             verdict.notes.append(
                 "the log is of an older version and has no chain of hashes yet; its server adds it at the next start"
@@ -143,13 +171,15 @@ def _look(directory: Path, store: ObjectStore, verdict: Verdict, seen: OnObject)
 
 
 def _check_audit(database: Database, verdict: Verdict) -> None:
-    if not database.run(lambda c: c.execute("SELECT 1 FROM sqlite_schema WHERE name = 'audit'").fetchone()):
-        return  # an older version's
     try:
+        if not database.run(lambda c: c.execute("SELECT 1 FROM sqlite_schema WHERE name = 'audit'").fetchone()):
+            return  # an older version's
         last = audit.verify(audit.read(database))
     except StorageError as error:
         verdict.problems.append(str(error))
+        verdict.audit_sound = False
     else:
+        verdict.audit_sound = True
         verdict.audited, verdict.audit_head = (last.seq, last.hash) if last is not None else (0, "")
 
 

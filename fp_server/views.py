@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -90,7 +91,16 @@ def _whose(run: dict[str, Any]) -> str:
 
 def devices(count: int) -> str:
     """``1 device``, ``3 devices``."""
-    return f"{count} device" if count == 1 else f"{count} devices"
+    return counted(count, "device")
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """``1 entry``, ``3 entries``."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def _are(count: int) -> str:
+    return f"{count} {'is' if count == 1 else 'are'}"
 
 
 @_of_a_server
@@ -139,7 +149,7 @@ def _headline(status: dict[str, Any]) -> Text:
         text.append(f"\n  {_whose(status)}{more}", style="dim")
     if status["state"] == "gathering":
         able = sum(device["connected"] and device["units"] > 0 for device in status["devices"].values())
-        text.append(f"\nwaits for {status['min_devices']} able devices (run.min_devices); {able} are here")
+        text.append(f"\nwaits for {status['min_devices']} able devices (run.min_devices); {_are(able)} here")
     return text
 
 
@@ -147,6 +157,7 @@ def _devices(status: dict[str, Any]) -> Table:
     head = f"units of {status['model_units']}" if "model_units" in status else "units"  # an older server says nothing of it
     table = Table("device", "", "budget", head, "samples", "doing", title="devices", title_justify="left")
     current = status["current"]["devices"] if status["current"] else {}
+    rounds = [*status["history"], *([status["current"]] if status["current"] else [])]
     for name, device in status["devices"].items():
         doing = device["refusal"] or ("ready" if device["connected"] else "away")
         if (member := current.get(name)) is not None:
@@ -155,13 +166,21 @@ def _devices(status: dict[str, Any]) -> Table:
                 doing += f" ({_progress(member['progress'])})"
             if "message" in member:
                 doing += f": {member['message']}"
-        mark = Text("●", style="green" if device["connected"] else "red")
+        if not device["connected"] and _revoked(name, rounds):
+            doing = "revoked"
+        mark = Text("●", style="green") if device["connected"] else Text("○", style="red")
         units = str(device["units"]) if device["units"] else "–"
         if status["gradient"] == "auto" and device["gradient"]:
             units += f" {device['gradient']}"
         samples = "–" if device["samples"] is None else str(device["samples"])
         table.add_row(plain(name), mark, size(device["budget_bytes"]), units, samples, plain(doing))
     return table
+
+
+def _revoked(name: str, history: list[dict[str, Any]]) -> bool:
+    """Whether the last round a device was in ended for it by its revocation."""
+    last: dict[str, Any] = next((entry["devices"][name] for entry in reversed(history) if name in entry["devices"]), {})
+    return last.get("error") == "IdentityError" and "has been revoked" in last.get("message", "")
 
 
 def spans(labels: list[str]) -> str:
@@ -260,21 +279,54 @@ def audit_json(row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def audit_table(rows: Iterable[Row]) -> RenderableType:
-    """Who did what, oldest first."""
-    table = Table("time", "who", "what", "of what", "outcome", "from", box=None, pad_edge=False, header_style="dim")
+NOTHING = "nothing in the audit trail for that time"
+
+
+def audit_lines(rows: Iterable[Row]) -> Iterator[str]:
+    """Who did what, oldest first: for a pipe a line an entry, its columns separated by tabs, nothing cut."""
     for row in rows:
-        who, what = row.entry.actor, row.entry
-        at = f"{datetime.fromtimestamp(row.time):%Y-%m-%d %H:%M:%S}"
-        name = f"{who.role} {who.name}".strip() or "–"
-        words = (at, name, what.action, what.object, what.outcome, who.address or "–")
-        table.add_row(*(plain(word, "" if what.outcome == OK else "red") for word in words))
-    return table if table.row_count else Text("nothing in the audit trail for that time")
+        yield "\t".join(plain(word).plain for word in _audit_words(row))
+
+
+def audit_table(rows: Iterable[Row]) -> RenderableType:
+    """Who did what, oldest first. The port a call came from is nobody's address, and left out here."""
+    table = _folded("time", "who", "what", "of what", "outcome", "from", box=None, pad_edge=False, header_style="dim")
+    for row in rows:
+        *words, address = _audit_words(row)
+        address = re.sub(r"^(\d+\.\d+\.\d+\.\d+|\[.+\]):\d+$", r"\1", address)
+        table.add_row(*(plain(word, "" if row.entry.outcome == OK else "red") for word in (*words, address)))
+    return table if table.row_count else Text(NOTHING)
+
+
+def _audit_words(row: Row) -> tuple[str, ...]:
+    who, what = row.entry.actor, row.entry
+    at = f"{datetime.fromtimestamp(row.time):%Y-%m-%d %H:%M:%S}"
+    object_ = re.sub(r"valid for (\d+) s$", lambda m: f"valid for {_span(int(m[1]))}", what.object)
+    return at, f"{who.role} {who.name}".strip() or "–", what.action, object_, what.outcome, who.address or "–"
+
+
+def _span(seconds: int) -> str:
+    """A duration as it was typed, nearly always."""
+    for length, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds % length == 0 and (seconds > length or (seconds == length and unit != "d")):
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+def _folded(*heads: str, **how: Any) -> Table:
+    """A table whose words are never cut, so that they can be copied."""
+    table = Table(**how)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    return table
+
+
+UNSEEN = "not looked at"
 
 
 def verdict_view(found: dict[str, Any]) -> RenderableType:
     """What `fp-server verify` found, from the JSON that scripts get."""
-    table = Table("what", "", "found", show_lines=False)
+    table = _folded("what", "", "found")
 
     def row(what: str, good: bool | None, said: str) -> None:
         mark = (
@@ -282,19 +334,19 @@ def verdict_view(found: dict[str, Any]) -> RenderableType:
         )
         table.add_row(plain(what), mark, plain(said))
 
-    if not found["problems"]:
-        row("event log", True, f"{found['events']} events, each follows from the one before")
-        row("audit trail", True, f"{found['audit_entries']} entries, each follows from the one before")
+    for what, sound, count, one, many in (
+        ("event log", found["log_sound"], found["events"], "event", "events"),
+        ("audit trail", found["audit_sound"], found["audit_entries"], "entry", "entries"),
+    ):
+        if sound is not False:  # then a problem says why not
+            row(what, sound, f"{counted(count, one, many)}, each follows from the one before" if sound else UNSEEN)
     for problem in found["problems"]:
         row("problem", False, problem)
     for run, state in found["runs"].items():
         row(f"run {run}", True, state)
-    good = found["objects"] - len(found["bad_objects"])
-    row(
-        "objects needed",
-        not found["bad_objects"],
-        f"{good} of {found['objects']} are there and sound, {size(found['object_bytes'])}",
-    )
+    looked, good = found["objects_looked_at"], found["objects"] - len(found["bad_objects"])
+    there = f"{good} of {found['objects']} are there and sound, {size(found['object_bytes'])}"
+    row("objects needed", not found["bad_objects"] if looked else None, there if looked else UNSEEN)
     for bad in found["bad_objects"]:
         row(bad["digest"][:16] + "…", False, f"{', '.join(bad['uses'])}: {bad['problem']}; {bad['advice']}")
     for what, files, said in (
@@ -302,7 +354,8 @@ def verdict_view(found: dict[str, Any]) -> RenderableType:
         ("leftovers", found["leftovers"], "of what is under way, or was interrupted"),
         ("quarantine", found["quarantine"], "damaged; nothing uses them"),
     ):
-        row(what, None, f"{len(files)} files, {size(sum(files.values()))}, {said}" if files else "none")
+        none = "none" if looked or what != "orphans" else UNSEEN
+        row(what, None, f"{counted(len(files), 'file')}, {size(sum(files.values()))}, {said}" if files else none)
     for note in found["notes"]:
         row("note", None, note)
     return table

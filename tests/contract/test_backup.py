@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
+import sqlite3
 import subprocess
 import tarfile
 from pathlib import Path
@@ -116,11 +118,7 @@ def test_backups_under_load_are_all_sound(server, tmp_path):
         assert not found.damaged and not found.orphans, found
         rounds.update(found.runs.values())
     assert len(rounds) > 2, "they are of different moments"
-    database = Database(server.directory / "log.sqlite", reading=True)
-    try:
-        assert [row.entry.action for row in audit.read(database)].count("backup") == len(outs)
-    finally:
-        database.close()
+    assert trail(server) == ["ok"] * len(outs)
 
 
 @pytest.fixture
@@ -146,15 +144,48 @@ def test_nothing_is_replaced_and_nothing_half_made_is_left(stopped, tmp_path, mo
     assert refused.returncode == 2 and "exists already" in refused.stderr
     with pytest.raises(ConfigError, match="not a server directory"):
         backup(tmp_path, place / "new")
-    path = next((stopped.directory / "objects").glob("??/*"))
+    with pytest.raises(ConfigError, match="no such directory; mount the disk"):
+        backup(stopped.directory, tmp_path / "unmounted" / "new.tar")
+    assert not (tmp_path / "unmounted").exists() and trail(stopped) == []
+    path, other, *rest = sorted((stopped.directory / "objects").glob("??/*"))
     flip(path)
+    other.unlink()
     for name in ("new", "new.tar"):
-        with pytest.raises(DamagedError, match=f"{path.name} are not what was written; see `fp-server verify"):
+        with pytest.raises(DamagedError) as refused:
             backup(stopped.directory, place / name)
-    path.unlink()
-    with pytest.raises(DamagedError, match="is missing; see `fp-server verify"):
-        backup(stopped.directory, place / "new")
+        said = str(refused.value)
+        assert said.startswith(f"2 of {len(rest) + 2} objects: ") and "of layer" in said, said
+        assert re.search(rf"{path} \([^)]*of run toy-run\) is damaged", said) and re.search(
+            rf"{other} \([^)]*\) is missing", said
+        )
+        assert said.endswith(f"; see `fp-server verify {stopped.directory}`; `--without-damaged` leaves them out")
     assert nothing_left(place, "there")
+    assert len(trail(stopped)) == 2 and all(outcome.startswith("failed: 2 of ") for outcome in trail(stopped))
+
+
+def test_what_is_not_in_a_backup_is_said_and_what_to_do(stopped, tmp_path):
+    (stopped.directory / "ca.key").unlink()
+    made = tool("backup", "--dir", str(stopped.directory), "--out", str(tmp_path / "new"))
+    assert made.returncode == 0, made.stderr
+    remedy = (
+        "ca.key is missing: copy it from an older backup; without it make a new directory (`fp-server init`), and every device"
+    )
+    assert f"warning: {stopped.directory}/{remedy}" in made.stderr
+    assert "\nnot in it: ca.key\nit holds the keys of the server: keep it" in made.stdout
+    said = tool("run", "--dir", str(tmp_path / "new"))
+    assert said.returncode == 6 and remedy in said.stderr and "fp-client join" not in said.stderr
+    assert any(remedy in problem for problem in verify(tmp_path / "new").problems)
+    shown = tool("verify", str(tmp_path / "new"))
+    assert shown.returncode == 11 and "each follows from the one before" in " ".join(shown.stdout.replace("│", " ").split())
+
+
+def trail(server: Server) -> list[str]:
+    """How the backups ended, as the audit trail has it."""
+    database = Database(server.directory / "log.sqlite", reading=True)
+    try:
+        return [row.entry.outcome for row in audit.read(database) if row.entry.action == "backup"]
+    finally:
+        database.close()
 
 
 @pytest.mark.parametrize("name", ["new", "new.tar"])
@@ -166,7 +197,9 @@ def test_a_damaged_object_can_be_left_out_and_is_named(stopped, tmp_path, name):
     assert made.returncode == 0, made.stderr
     found = json.loads(made.stdout)
     assert set(found["left_out"]) == {damaged.name, missing.name} and found["objects"] == len(sound)
-    assert damaged.name in made.stderr and missing.name in made.stderr
+    assert f"{damaged} (" in made.stderr and f"{missing} (" in made.stderr
+    other = tool("backup", "--dir", str(stopped.directory), "--out", str(tmp_path / f"other-{name}"), "--without-damaged")
+    assert f", {len(sound)} of {len(sound) + 2} objects of " in other.stdout
     if name == "new":
         assert {path.name for path in (tmp_path / name / "objects").glob("??/*")} == {path.name for path in sound}
 
@@ -181,12 +214,15 @@ def test_an_object_that_the_disk_can_not_read_is_damaged_and_named(stopped, tmp_
 
         read = readinto
 
+        def seek(self, offset):
+            return offset
+
         def fileno(self):
             return os.open("/dev/null", os.O_RDONLY)
 
     (tmp_path / "new").mkdir()
     digest = next((stopped.directory / "objects").glob("??/*")).name
-    assert backing._damaged(stopped.directory, [digest], {digest: Broken()}) == (digest,)
+    assert list(backing._damaged(stopped.directory, {digest: ["ledger"]}, {digest: Broken()})) == [digest]
     with pytest.raises(DamagedError, match=f"{digest} can't be read: Input/output error"):
         backing._add_object(stopped.directory, backing._Directory(tmp_path / "new"), digest, Broken())
 
@@ -204,6 +240,7 @@ def test_a_disk_without_hard_links_takes_an_archive(stopped, tmp_path, monkeypat
 
 def test_a_full_disk_leaves_nothing_and_says_so(stopped, tmp_path, monkeypatch):
     place = tmp_path / "backups"
+    place.mkdir()
 
     def full(fd):
         raise OSError(28, "No space left on device")
@@ -211,11 +248,23 @@ def test_a_full_disk_leaves_nothing_and_says_so(stopped, tmp_path, monkeypatch):
     for name in ("new", "new.tar"):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(StorageError, match="no space left on the device"):
+            with pytest.raises(StorageError, match=f"{place / name}: no space left on the device"):
                 backup(stopped.directory, place / name)
-        assert nothing_left(place)
+        assert nothing_left(place) and trail(stopped)[-1].startswith("failed: ")
         backup(stopped.directory, place / name)
         (shutil.rmtree if name == "new" else os.unlink)(place / name)
+    connect = sqlite3.connect
+
+    def small(place, *args, **named):  # the copy of the log has no room
+        connection = connect(place, *args, **named)
+        if str(place).endswith("/log.sqlite") and "backups" in str(place):
+            connection.execute("PRAGMA max_page_count = 2")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    with pytest.raises(StorageError, match=f"^{place / 'new.tar'}: no space left on the device"):
+        backup(stopped.directory, place / "new.tar")
+    assert nothing_left(place)
 
 
 def test_an_object_the_server_removed_meanwhile_leads_to_a_newer_log(stopped, tmp_path, monkeypatch):

@@ -223,6 +223,8 @@ def test_what_is_refused_is_in_the_trail_and_the_chain_holds(idle, tmp_path, run
     assert head and int(head[1]) == len(cli("audit", "--json", *at).splitlines())
     assert json.loads(cli("audit", "--verify", "--head", head[2], "--json", *at))["head"] == head[2]
     assert f"audit head {head[2]}" in cli("audit", "--verify", "--head", head[2].upper(), *at)
+    first = json.loads(cli("audit", "--json", *at).splitlines()[2])["hash"]
+    assert f"it contains {first[:16]}… as entry 3" in cli("audit", "--verify", "--head", first, *at)
     assert "is not a full hash (64 hex digits)" in cli("audit", "--verify", "--head", head[2][:16], *at, code=2)
     assert "no audit entry has the hash ffff" in cli("audit", "--verify", "--head", "f" * 64, *at, code=11)
     assert "--head: goes with --verify" in cli("audit", "--head", "f", *at, code=2)

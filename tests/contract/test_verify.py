@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import shutil
@@ -12,11 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from server_side import Device, Server, run_toml, whole_run
 
 from fp_server.folding import fold
 from fp_server.log import Database, EventLog
 from fp_server.verify import verify
+from fp_server.views import verdict_view
 
 TOML = run_toml("global", final_evaluation=False)
 
@@ -125,6 +128,8 @@ def test_a_harmed_object_is_named_with_what_to_do(directory, what, harm):
     assert harm is Path.unlink or path.exists(), "verify moves nothing"
     said = tool("verify", str(directory))
     assert said.returncode == 11 and path.name[:16] in said.stdout and "damaged" in said.stdout
+    whole = "".join(cells[3].strip() for line in said.stdout.splitlines() if len(cells := line.split("│")) > 3)
+    assert what.startswith("update") or f"{path.name[:2]}/{path.name}" in whole, "folded, and not cut"
     as_json = tool("verify", str(directory), "--json")
     assert as_json.returncode == 11 and json.loads(as_json.stdout)["bad_objects"][0]["digest"] == path.name
 
@@ -146,6 +151,13 @@ def test_a_harmed_log_is_named(directory, statement, said):
     assert found.damaged and len(found.problems) == 1
     assert re.search(said, found.problems[0])
     assert found.orphans == {}, "what is needed is not known, so nothing is called an orphan"
+    console = Console(file=io.StringIO(), width=80)
+    console.print(verdict_view(found.json()))
+    rows = {
+        cells[1].strip(): cells[3].strip() for line in console.file.getvalue().splitlines() if len(cells := line.split("│")) > 3
+    }
+    assert rows["objects needed"] == rows["orphans"] == "not looked at" and "event log" not in rows
+    assert rows["audit trail"].endswith("entries, each follows from the one before") and found.audit_sound
 
 
 def test_a_page_of_the_database_overwritten(directory):

@@ -15,9 +15,10 @@ from test_rounds import MANIFEST, Shell, assigned, committed, dropped, opened, p
 from common.types import Capacity, Gradient, ObjectRef, PlanReport, UpdateMetrics
 from fp_server import commands as c
 from fp_server import events as e
+from fp_server.audit import Actor, Entry, Row
 from fp_server.outliers import Score
 from fp_server.status import loss_curve, run_summary, status
-from fp_server.views import brief, runs_table, size, status_view
+from fp_server.views import audit_lines, audit_table, brief, runs_table, size, status_view
 
 
 def shown(thing, width: int = 220) -> str:
@@ -221,10 +222,36 @@ def test_a_gathering_run_says_what_it_waits_for_and_a_line_says_where_a_run_stan
     shell.do(c.Connected("a"), e.PlanReceived("r", "a", report, 10))
     made = whole(shell.machine, connected=("a",))
     text = shown(status_view(made))
-    assert "waits for 2 able devices (run.min_devices); 1 are here" in text and "ready" in text
+    assert "waits for 2 able devices (run.min_devices); 1 is here" in text and "ready" in text
     assert brief(made) == "r: gathering, 0 of 2 rounds"
     shell.do(c.Connected("b"), e.PlanReceived("r", "b", report, 10))
     shell.probe("a", "b")
     said = brief(whole(shell.machine))
     assert said.startswith("r: round, 0 of 2 rounds, full-model held-out loss 2.0000; round 1: a choosing, b "), said
     assert brief(status(None, "", [])) == "no run yet"
+
+
+def test_a_device_that_is_away_has_another_mark_and_a_revoked_one_says_so():
+    shell = opened()
+    gone = "the certificate of 'b' has been revoked; ask the operator for a new token"
+    shell.do(e.DeviceDropped("r", shell.key, "b", "IdentityError", gone, True))
+    shell.do(c.Disconnected("b"))
+    rows = [
+        line for line in shown(status_view(whole(shell.machine, connected=("a",)))).splitlines() if "●" in line or "○" in line
+    ]
+    assert "●" in rows[0] and " a " in rows[0] and "○" in rows[1] and rows[1].rstrip(" │").endswith("revoked")
+
+
+def test_an_audit_entry_is_a_line_for_a_pipe_and_nothing_of_it_is_cut_in_a_table():
+    who = Actor("operator", "operator", "ab12", "192.168.100.200:54321")
+    there = "/srv/" + "backups/" * 12 + "b.tar"
+    rows = [
+        Row(1, 1.0, Entry(who, "token", "device phone-17, valid for 86400 s")),
+        Row(2, 2.0, Entry(Actor("x", address="[2001:db8::1]:77"), "backup", f"to\n{there}", "failed: full")),
+    ]
+    first, second = audit_lines(rows)
+    assert first.split("\t")[1:] == ["operator operator", "token", "device phone-17, valid for 24 h", "ok", who.address]
+    assert second.split("\t")[3] == f"to {there}"
+    text = shown(audit_table(rows), 80)
+    assert "…" not in text and "54321" not in text and "]:77" not in text and "192.168.100.200" in shown(audit_table(rows))
+    assert "nothing in the audit trail" in shown(audit_table([]))
