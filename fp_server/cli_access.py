@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from common.errors import ConfigError
+from common.errors import ConfigError, IdentityError
 from fp_server.cli_common import HERE, DataDirectory, Directory, Json, err, out
 
 if TYPE_CHECKING:
@@ -96,6 +96,17 @@ def join(
         out.print(said, highlight=False, soft_wrap=True)
 
 
+def _needs(directory: Path, *files: str) -> None:
+    """Raises IdentityError where a server's directory has lost one of them."""
+    from fp_server.verify import lacking
+
+    lost = [said for name in ("ca", "server") for said in lacking(directory, name)]
+    if (directory / "server.toml").exists() and (
+        said := "; ".join(one for one in lost if one.startswith(tuple(f"{directory / file} " for file in files)))
+    ):
+        raise IdentityError(said)
+
+
 def operator(
     dir: DataDirectory = HERE, name: Annotated[str, typer.Option(help="The name in the certificate.")] = "operator"
 ) -> None:
@@ -105,6 +116,7 @@ def operator(
     """
     from fp_server.maintenance import new_operator
 
+    _needs(dir, "ca.pem", "ca.key")
     out.print(new_operator(dir, name), highlight=False, soft_wrap=True)
 
 
@@ -112,6 +124,7 @@ def certificate(dir: DataDirectory = HERE) -> None:
     """Make the server's certificate anew for the `names` in server.toml. A running server shows it to the next who connects."""
     from fp_server.maintenance import new_certificate
 
+    _needs(dir, "ca.pem", "ca.key", "server.key")
     out.print(new_certificate(dir), highlight=False, soft_wrap=True)
 
 

@@ -132,7 +132,7 @@ def lacking(directory: Path, name: str) -> list[str]:
     remedies = {
         "ca.pem": copy,
         "ca.key": f"{copy}; {without}",
-        "server.pem": f"{copy}, of the same server.key",
+        "server.pem": f"`fp-server certificate --dir {directory}` makes it anew",
         "server.key": f"{copy}, and server.pem with it; {without}",
     }
     anew = f"`fp-server operator --dir {directory}` makes it anew"
