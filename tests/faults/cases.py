@@ -163,7 +163,6 @@ SAMPLE = (
     "server.object.renamed/ledger power fails, nothing unsynced is left",
     "device.state.renamed/runs power fails, nothing unsynced is left",
     "worker.update.write disk full",
-    "common.private.written/device.pem kill device",
 )
 """What `make test` plays, and one random schedule."""
 
