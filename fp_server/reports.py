@@ -27,7 +27,8 @@ async def plan_reported(coordinator: Coordinator, device: str, report: PlanRepor
     if event is None:
         return
     machine = coordinator.active
-    if machine is not None and event != machine.plans.get(device):  # an event in the log: nobody may fill it
+    before = machine.plans.get(device) if machine is not None else None
+    if before is not None and event != before:  # another event in the run's log: nobody may fill it
         if (wait := coordinator.new_plans.take(device, time.monotonic(), LONGEST)) > LONGEST:
             problem = f"device {device} says too often that it can hold something else"
             coordinator.complaints.say(device, problem)
