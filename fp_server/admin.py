@@ -128,16 +128,16 @@ class Admin(admin_pb2_grpc.AdminServicer):
     def _operator(self, context: Context, what: str) -> Actor:
         return self._access.actor(context, self._access.caller(context, what, "operator"))
 
-    def _status(self, request: admin_pb2.StatusRequest, older: Sequence[Entry] | None = None) -> admin_pb2.Status:
+    async def _status(self, request: admin_pb2.StatusRequest, older: Sequence[Entry] | None = None) -> admin_pb2.Status:
         coordinator = self._coordinator
-        machine = coordinator.run(request.run) if request.run or coordinator.names else None
+        machine = await coordinator.look_up(request.run) if request.run or coordinator.names else None
         connected = sorted(coordinator.sessions)
         made = status(machine, coordinator.problem, connected, request.last_rounds, request.first_round, older)
         return admin_pb2.Status(json=json.dumps(made))
 
     async def _older(self, request: admin_pb2.StatusRequest) -> list[Entry] | None:
         """The rounds asked for, from the log, where memory doesn't hold the first of them any more."""
-        machine = self._coordinator.run(request.run) if request.first_round and self._coordinator.names else None
+        machine = await self._coordinator.look_up(request.run) if request.first_round and self._coordinator.names else None
         if machine is None or request.first_round > machine.history.first:
             return None
         index, count = request.first_round - 1, min(request.last_rounds or LAST, PAGE, machine.history.first)
@@ -147,19 +147,15 @@ class Admin(admin_pb2_grpc.AdminServicer):
         """One run, now."""
         async with errors_to_status(context):
             self._operator(context, "GetStatus")
-            if self._coordinator.names:
-                await self._coordinator.look_up(request.run)
-            return self._status(request, await self._older(request))
+            return await self._status(request, await self._older(request))
         raise AssertionError("unreachable")
 
     async def WatchStatus(self, request: admin_pb2.StatusRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """The same, again whenever something changes (at most twice a second)."""
         async with errors_to_status(context), self._access.admitted(context, "WatchStatus", "operator"):
-            if self._coordinator.names:
-                await self._coordinator.look_up(request.run)
             last = b""
             while not self._coordinator.draining:
-                now = self._status(request)
+                now = await self._status(request)
                 if (encoded := now.SerializeToString()) != last:
                     last = encoded
                     await context.write(now)
@@ -197,8 +193,8 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     async def ReadLedger(self, request: admin_pb2.LedgerRequest, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """A run's ledger as it is now: the files are opened at once, so that a round that commits meanwhile changes nothing."""
-        async with errors_to_status(context), self._access.admitted(context, "ReadLedger", "operator"):
-            actor = self._operator(context, "ReadLedger")
+        async with errors_to_status(context), self._access.admitted(context, "ReadLedger", "operator") as peer:
+            actor = self._access.actor(context, peer)
             machine, store = await self._coordinator.look_up(request.run), self._coordinator.store
             entry = audit.Entry(actor, "read ledger", f"run {machine.name}")
             try:

@@ -34,19 +34,20 @@ class Archive:
 
     def run(self, name: str) -> RunMachine:
         """A run by name, or the newest for an empty one. Raises NotFound."""
-        if not name and not self.names:
-            raise NotFound("no run has been started yet (`fp-server start RUN.toml`)")
-        name = name or (self.active.name if self.active is not None else self.names[-1])
-        if self.active is not None and self.active.name == name:
-            return self.active
-        return self._ended[name] if name in self._ended else self._keep(self.fold(name))
+        name, there = self._named(name)
+        return self._keep(self.fold(name)) if there is None else there
 
     async def look_up(self, name: str) -> RunMachine:
         """`run`, with the log read in a thread of its own where memory doesn't have it: nobody waits for the loop meanwhile."""
-        name = name or (self.names[-1] if self.active is None and self.names else "")
-        if not name or name in self._ended or (self.active is not None and self.active.name == name):
-            return self.run(name)
-        return self._keep(await asyncio.to_thread(self.fold, name))
+        name, there = self._named(name)
+        return self._keep(await asyncio.to_thread(self.fold, name)) if there is None else there
+
+    def _named(self, name: str) -> tuple[str, RunMachine | None]:
+        """The name in full, and the run where memory has it. Raises NotFound for an empty name where there is no run."""
+        if not name and not self.names:
+            raise NotFound("no run has been started yet (`fp-server start RUN.toml`)")
+        name = name or (self.active.name if self.active is not None else self.names[-1])
+        return name, self.active if self.active is not None and self.active.name == name else self._ended.get(name)
 
     def _keep(self, machine: RunMachine) -> RunMachine:
         """An ended run never changes; a watched one is asked for twice a second."""

@@ -161,7 +161,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             paths = {unit.ref.digest: await self._coordinator.keeper.readable(unit.ref.digest) for unit in given}
             starts = starting_points(assignment.spec.start, assignment.adapter, paths.__getitem__)
             async with self._checking:
-                self._coordinator.machine_for(ready.key.run).assignment(device, ready.key)  # it may have waited for its turn
+                self._expected(device, ready.key)  # it may have waited for its turn
                 await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm, starts)
         except (TooLate, NotFound):
             arrival.discard()
@@ -185,10 +185,13 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             self._coordinator.keeper.let_go(ready.ref.digest)
             raise
 
+    def _expected(self, device: str, key: TaskKey) -> None:
+        """Raises TooLate or NotFound as soon as the round is closed or the device is out of it."""
+        self._coordinator.machine_for(key.run).assignment(device, key)
+
     async def _append(self, device: str, ready: UpdateReady, arrival: Arrival, context: Context) -> None:
         def expected() -> None:
-            """Raises TooLate or NotFound as soon as the round is closed or the device is out of it."""
-            self._coordinator.machine_for(ready.key.run).assignment(device, ready.key)
+            self._expected(device, ready.key)
 
         told = 0.0
         while (message := await _read(context, expected)) is not grpc.aio.EOF:

@@ -14,14 +14,12 @@ from pathlib import Path
 
 import pytest
 from server_side import Device, Server, calm_ledger, run_toml, whole_run
-from test_damaged_objects import flip
+from test_damaged_objects import audited, flip
 from test_verify import tool
 
 from common.errors import ConfigError, DamagedError, StorageError
-from fp_server import audit
 from fp_server import backup as backing
 from fp_server.backup import backup
-from fp_server.log import Database
 from fp_server.verify import verify
 
 TOML = run_toml("global", final_evaluation=False)
@@ -181,11 +179,7 @@ def test_what_is_not_in_a_backup_is_said_and_what_to_do(stopped, tmp_path):
 
 def trail(server: Server) -> list[str]:
     """How the backups ended, as the audit trail has it."""
-    database = Database(server.directory / "log.sqlite", reading=True)
-    try:
-        return [row.entry.outcome for row in audit.read(database) if row.entry.action == "backup"]
-    finally:
-        database.close()
+    return [entry.outcome for entry in audited(server, "backup")]
 
 
 @pytest.mark.parametrize("name", ["new", "new.tar"])

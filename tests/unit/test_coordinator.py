@@ -70,6 +70,14 @@ class SlowLog(EventLog):
         await super().touch()
 
 
+async def both_drawn(coordinator):
+    """Devices a and b have come and said what they can hold, which opens the round; its key."""
+    for device in "ab":
+        await coordinator.connect(Session(device))
+        await plan_reported(coordinator, device, report(device))
+    return coordinator.active.current.opened.key
+
+
 async def both_assigned(coordinator, key):
     """Devices a and b have reported their probes, and units are chosen for them."""
     for device in "ab":
@@ -381,10 +389,7 @@ def test_the_time_of_a_full_disk_counts_against_nobody(tmp_path, database):
 
     async def body(coordinator):
         coordinator.clock = lambda: now[0]
-        for device in "ab":
-            await coordinator.connect(Session(device))
-            await plan_reported(coordinator, device, report(device))
-        key = coordinator.active.current.opened.key
+        key = await both_drawn(coordinator)
         log.full = True
         waiting = [asyncio.create_task(coordinator.insist(probed(key, device))) for device in "ab"]
         await asyncio.sleep(0.1)
@@ -410,9 +415,7 @@ def test_a_moment_of_a_full_disk_does_not_keep_who_is_silent(tmp_path, database)
 
     async def body(coordinator):
         coordinator.clock = lambda: now[0]
-        for device in "ab":
-            await coordinator.connect(Session(device))
-            await plan_reported(coordinator, device, report(device))
+        await both_drawn(coordinator)
         now[0] += 601.0
         log.full = True
         await coordinator.post(c.Tick())
@@ -432,10 +435,7 @@ def test_a_revoked_device_takes_its_update_out_of_the_open_round(tmp_path, datab
     store = ObjectStore(tmp_path)
 
     async def body(coordinator):
-        for device in "ab":
-            await coordinator.connect(Session(device))
-            await plan_reported(coordinator, device, report(device))
-        key = coordinator.active.current.opened.key
+        key = await both_drawn(coordinator)
         await both_assigned(coordinator, key)
         (store.scratch / "x").write_text("an update")
         ref = store.adopt(store.scratch / "x")
