@@ -1,11 +1,11 @@
 """A thousand connected devices on one server: its memory, its file descriptors, and how late its commands arrive.
 
-    python benchmarks/load.py [--devices 1000] [--per-round 100] [--minutes 30] [--out load.jsonl]
+    python benchmarks/load.py [--devices 1000] [--per-round 100] [--minutes 46] [--out load.jsonl]
 
 A real `fp-server` process with the product's defaults; the devices are sessions without torch in this process, each with a
 certificate, a channel and a stream of its own, that speak the real protocol: plan, probe, assignment, update (2 MiB) over mTLS.
 Rounds follow each other without a pause. Every 2 s the server's resident memory, descriptors and CPU time are read and appended
-to --out. Growth is that of each minute's least value, after a warm-up in which every device has been in about three rounds: what
+to --out. Growth is that of each minute's least value, after a warm-up in which nearly every device has been in a round: what
 is above it is rounds at work. How late a command is: from the moment its event was made (its time in the log, before it is
 committed) until the device has decoded it. Exit code 1 when a device saw an error, memory or descriptors grew, or the 99th
 percentile was over a second.
@@ -180,13 +180,13 @@ def look(process: psutil.Process, begin: float, seen: Seen) -> dict[str, Any]:
 
 
 def floor(samples: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """Each minute's sample with the least value."""
+    """Each whole minute's sample with the least value: the first and the last minute of `samples` are parts of one."""
     minutes: dict[int, dict[str, Any]] = {}
     for sample in samples:
         minute = int(sample["at"] // 60)
         if minute not in minutes or sample[key] < minutes[minute][key]:
             minutes[minute] = sample
-    return list(minutes.values())
+    return list(minutes.values())[1:-1]
 
 
 def slope(samples: list[dict[str, Any]], key: str) -> float:
@@ -292,8 +292,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=1000)
     parser.add_argument("--per-round", type=int, default=100)
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes that do not count for growth")
+    parser.add_argument("--minutes", type=float, default=46.0)
+    parser.add_argument("--warm-up", type=float, default=15.0, help="minutes that do not count for growth")
     parser.add_argument("--joins", type=float, default=50.0, help="new connections a second at the start")
     parser.add_argument("--out", type=Path, default=Path("load.jsonl"), help="a sample a line, as they come")
     given = parser.parse_args()

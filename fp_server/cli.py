@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from common.faults import arm
 from common.files import disk_full
 from common.logs import OneLine
 from common.version import add_version
-from fp_server import cli_access, cli_data
+from fp_server import cli_access, cli_data, memory
 from fp_server.cli_common import HERE, DataDirectory, Directory, Json, err, out
 
 app = typer.Typer(
@@ -52,18 +51,6 @@ def init(
     out.print(f"initialised {dir} for {', '.join(name)}\nnext: fp-server run --dir {dir}", highlight=False)
 
 
-def _pin_malloc() -> None:
-    """M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: one heap, and every buffer from 128 KiB on mapped by itself.
-
-    Without it a heap a thread and a threshold that grows keep the chunks of eight pushes at once: the process grew by
-    90 MiB instead of 38 (benchmarks/transfer.py). Does nothing where the C library is not glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((-8, 1), (-3, 128 << 10), (-1, 128 << 10)):
-            mallopt(option, value)
-
-
 @app.command(epilog="Example: `fp-server run --dir /srv/fp`")
 def run(
     dir: DataDirectory = HERE, verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Debug lines too.")] = False
@@ -75,7 +62,7 @@ def run(
     leave_on_sigterm()
     for noisy in ("grpc", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    _pin_malloc()
+    memory.pin()
     from fp_server.app import serve
     from fp_server.verify import lacking
 

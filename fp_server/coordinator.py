@@ -16,6 +16,7 @@ from common.bucket import Buckets
 from common.errors import FedPrunerError, InUseError, NotFound, StorageError, TooLate, UnreachableError
 from common.faults import fault
 from fp_server import events as e
+from fp_server import memory
 from fp_server.archive import Archive
 from fp_server.background import Background
 from fp_server.commands import (
@@ -293,6 +294,7 @@ class Coordinator(Archive):
                     return
                 made = {ref.digest for unit in event.units for ref in (unit.ledger, unit.broadcast)}
                 await self.keeper.free(frozenset(made), machine)  # the run was stopped meanwhile
+                await self.background.heavy(memory.give_back)
                 return
             await asyncio.sleep(delay)
             delay = min(60.0, delay * 2)

@@ -18,7 +18,7 @@ from common.tensorfile import write_tensors
 from common.types import PlanReport, UpdateMetrics
 from fp_server import commands as c
 from fp_server import events as e
-from fp_server import work
+from fp_server import memory, work
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
 from fp_server.log import Database, EventLog
@@ -85,6 +85,18 @@ async def both_assigned(coordinator, key):
         async with asyncio.timeout(10):
             while coordinator.active.current.members[device].assigned is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+
+
+async def both_delivered(coordinator):
+    """A round of devices a and b, to the last of its updates; the key."""
+    machine, key, store = coordinator.active, await both_drawn(coordinator), coordinator.store
+    await both_assigned(coordinator, key)
+    for device in "ab":
+        path = store.scratch / device
+        shapes = expected_shapes(machine.assignment(device, key), MANIFEST)
+        write_tensors(path, {name: np.full(shape, 1.0 + ord(device), np.float32) for name, shape in shapes.items()})
+        await coordinator.post(e.UpdateAccepted("r", key, device, store.adopt(path), UpdateMetrics()))
+    return key
 
 
 def test_a_caller_that_breaks_off_leaves_log_and_machine_the_same(tmp_path, database):
@@ -249,20 +261,8 @@ def test_a_run_stopped_while_it_is_aggregated_leaves_nothing_behind(tmp_path, da
     monkeypatch.setattr(work, "aggregate_layer", slow)
 
     async def body(coordinator):
-        for device in "ab":
-            await coordinator.connect(Session(device))
-            await plan_reported(coordinator, device, report())
-        machine, key = coordinator.active, coordinator.active.current.opened.key
-        for device in "ab":
-            await coordinator.post(probed(key, device))
-            async with asyncio.timeout(10):
-                while machine.current.members[device].assigned is None:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
-        for device in "ab":
-            path = store.scratch / device
-            shapes = expected_shapes(machine.assignment(device, key), MANIFEST)
-            write_tensors(path, {name: np.full(shape, 1.0 + ord(device), np.float32) for name, shape in shapes.items()})
-            await coordinator.post(e.UpdateAccepted("r", key, device, store.adopt(path), UpdateMetrics()))
+        machine = coordinator.active
+        await both_delivered(coordinator)
         assert await asyncio.to_thread(begun.wait, 10)
         await coordinator.post(e.RunEnded("r", "stopped", "by hand"))
         stopped.set()
@@ -273,6 +273,22 @@ def test_a_run_stopped_while_it_is_aggregated_leaves_nothing_behind(tmp_path, da
 
     with_coordinator(tmp_path, database, body, store=store)
     assert not list((tmp_path / "objects").glob("??/*")) and not list(store.scratch.iterdir())
+
+
+def test_the_heap_is_given_back_after_a_round(tmp_path, database, monkeypatch):
+    rounds_done = []
+    monkeypatch.setattr(memory, "give_back", lambda: rounds_done.append(coordinators[0].active.history.committed))
+    coordinators = []
+
+    async def body(coordinator):
+        coordinators.append(coordinator)
+        await both_delivered(coordinator)
+        async with asyncio.timeout(10):
+            while not rounds_done:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    with_coordinator(tmp_path, database, body)
+    assert rounds_done == [1]
 
 
 def test_an_object_that_was_adopted_again_is_not_removed(tmp_path):
