@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from common import config as configuration
 from common.ending import CLOSING, end_within
@@ -31,7 +31,7 @@ from fp_server.certificates import create_authority
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
 from fp_server.gate import Gate, enroll_rules, main_rules
-from fp_server.health import FILE, Endpoint, host_port, local_host
+from fp_server.health import FILE, Endpoint, Health, host_port, local_host
 from fp_server.identity import Authority
 from fp_server.limits import (
     ENROLL_MESSAGE,
@@ -212,13 +212,13 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     )
     enroll_pb2_grpc.add_RenewalServicer_to_server(Renewal(access, config.certificate_days), main)
     enroll_pb2_grpc.add_EnrollmentServicer_to_server(Enrollment(access, config.certificate_days), enroll)
-    checks = health.aio.HealthServicer()
+    health = Health()
     for server in (main, enroll):
-        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
     await coordinator.start()
     await main.start()
     await enroll.start()
-    await checks.set("", health_pb2.HealthCheckResponse.SERVING)
+    health.serving = True
     fault("server.start.listening")
     try:
         with stored(directory / FILE):
@@ -234,7 +234,7 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
         task.cancel()
     deadline = time.monotonic() + max(0.0, config.grace_seconds - CLOSING)
     logger.info("stopping: what is being received or aggregated has %.0f s", deadline - time.monotonic())
-    await checks.enter_graceful_shutdown()
+    health.serving = False
     fault("server.stop.draining")
     await coordinator.drain()
     patience = max(0.0, deadline - time.monotonic())

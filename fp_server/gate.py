@@ -59,8 +59,16 @@ class Caller:
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
-        self.connections: OrderedDict[Address, int] = OrderedDict()
-        """Connection -> its calls under way, the longest unused first."""
+        self.connections: OrderedDict[Address, Connection] = OrderedDict()
+        """The longest unused first; closed ones, too, until somebody else calls from the address."""
+
+
+@dataclass(eq=False)
+class Connection:
+    """A connection, as far as calls show it: nothing tells when one without calls has closed."""
+
+    caller: Caller
+    under_way: int = 0
 
 
 class Gate(grpc.aio.ServerInterceptor):
@@ -69,6 +77,8 @@ class Gate(grpc.aio.ServerInterceptor):
     def __init__(self, rules: Rules, limits: n.ServerLimits, complaints: n.Complaints) -> None:
         self._rules, self._limits, self._complaints = rules, limits, complaints
         self._callers: OrderedDict[str, Caller] = OrderedDict()
+        self._connections: dict[Address, Connection] = {}
+        """Those of all callers. An address has one: who called from it last. Others' is not there to be cut any more."""
         self._rates = Buckets(rules.calls, rules.burst)
         self._opens = Buckets(n.OPENS, n.OPENS_BURST)
         self._refusals = Buckets(n.REFUSALS, n.REFUSALS_BURST)
@@ -141,11 +151,11 @@ class Gate(grpc.aio.ServerInterceptor):
         key, operator = _who(context)
         address = address_of(context.peer())
         caller = self._callers.setdefault(key, Caller())
-        counted = False
+        connection, counted = None, False
         try:
             try:
-                self._connected(key, caller, address)
-                self._check_headers(context, address)
+                connection = self._connected(key, caller, address)
+                self._check_headers(context, caller, address)
                 self._check_room(key, caller, method, operator)
                 caller.calls[method] += 1
                 self._under_way[method] += 1
@@ -156,24 +166,24 @@ class Gate(grpc.aio.ServerInterceptor):
             except FedPrunerError as error:
                 if isinstance(error, LimitError):
                     self._complaints.say(key, f"{key} ({context.peer()}): {error}")
-                    self._refused(key, address)
+                    self._refused(key, caller, address)
                 await abort(context, error)
             except grpc.aio.AbortError:
                 if context.code() == grpc.StatusCode.PERMISSION_DENIED:
-                    self._refused(key, address)
+                    self._refused(key, caller, address)
                 raise
         finally:
             if counted:
                 caller.calls[method] -= 1
                 self._under_way[method] -= 1
-            self._left(key, caller, address)
+            self._left(key, caller, connection)
 
-    def _check_headers(self, context: Context, address: Address | None) -> None:
+    def _check_headers(self, context: Context, caller: Caller, address: Address | None) -> None:
         """gRPC keeps to the limit once the peer has acknowledged its settings; before that it takes 16 MiB a call."""
         size = sum(32 + len(key) + len(value) for key, value in context.invocation_metadata() or ())
         if size > n.METADATA:
             if address is not None:
-                self._cut(address)
+                self._cut(caller, address)
             raise LimitError(f"{size} bytes of headers; a call has {n.METADATA} at most")
 
     def _check_room(self, key: str, caller: Caller, method: str, operator: bool) -> None:
@@ -219,43 +229,61 @@ class Gate(grpc.aio.ServerInterceptor):
 
     # -- connections -----------------------------------------------------------------------------
 
-    def _connected(self, key: str, caller: Caller, address: Address | None) -> None:
+    def _connected(self, key: str, caller: Caller, address: Address | None) -> Connection | None:
         """Note which connection a caller uses; with too many the one longest unused is cut, or this one."""
         if address is None:
-            return
-        caller.connections[address] = caller.connections.get(address, 0) + 1
+            return None
+        connection = self._connections.get(address)
+        if connection is None or connection.caller is not caller:
+            if connection is not None:  # of a connection that has closed: the port is given again, by a NAT or a proxy, say
+                del connection.caller.connections[address]
+            connection = self._connections[address] = caller.connections[address] = Connection(caller)
         caller.connections.move_to_end(address)
-        if len(caller.connections) <= self._rules.connections:
-            return
-        unused = next((known for known, calls in caller.connections.items() if not calls), None)
-        self._cut(unused or address)
-        if unused is None:
-            raise LimitError(f"{key} uses {self._rules.connections} connections already; this one is cut")
-        del caller.connections[unused]
+        if len(caller.connections) > self._rules.connections:
+            unused = next((known for known, one in caller.connections.items() if not one.under_way and known != address), None)
+            self._forget(caller, unused or address)
+            self._cut(caller, unused or address)
+            if unused is None:
+                raise LimitError(f"{key} uses {self._rules.connections} connections already; this one is cut")
+        connection.under_way += 1
+        return connection
 
-    def _left(self, key: str, caller: Caller, address: Address | None) -> None:
-        if address is not None and address in caller.connections:
-            caller.connections[address] -= 1
-        self._callers.move_to_end(key)
+    def _forget(self, caller: Caller, address: Address) -> None:
+        del caller.connections[address], self._connections[address]
+
+    def _left(self, key: str, caller: Caller, connection: Connection | None) -> None:
+        if connection is not None:
+            connection.under_way -= 1
+        if self._callers.get(key) is caller:
+            self._callers.move_to_end(key)
         if not caller.calls.total() and len(self._callers) > 2 * self._limits.sessions:
-            idle = next((known for known, one in self._callers.items() if not any(one.connections.values())), None)
+            idle = next((known for known, one in self._callers.items() if not _busy(one)), None)
             if idle is not None:
-                del self._callers[idle]
+                gone = self._callers.pop(idle)
+                for address in list(gone.connections):
+                    self._forget(gone, address)
 
-    def _refused(self, key: str, address: Address | None) -> None:
+    def _refused(self, key: str, caller: Caller, address: Address | None) -> None:
         """A caller that does not listen to refusals costs more than it may: it has to shake hands again each time."""
         if address is not None and not self._refusals.allow(key, time.monotonic()):
-            self._cut(address)
+            self._cut(caller, address)
 
-    def _cut(self, address: Address) -> None:
+    def _cut(self, caller: Caller, address: Address) -> None:
+        """Unless somebody else has called from the address: then it is his connection."""
+
         async def later() -> bool:
             await asyncio.sleep(0.05)  # so that the refusal itself gets out
-            return await asyncio.to_thread(hang_up, address)
+            connection = self._connections.get(address)
+            return (connection is None or connection.caller is caller) and await asyncio.to_thread(hang_up, address)
 
         if len(self._cutting) < 64:
             task = asyncio.create_task(later())
             self._cutting.add(task)
             task.add_done_callback(self._cutting.discard)
+
+
+def _busy(caller: Caller) -> bool:
+    return caller.calls.total() > 0 or any(one.under_way for one in caller.connections.values())
 
 
 def _who(context: Context) -> tuple[str, bool]:

@@ -1,4 +1,4 @@
-"""Does the server of a directory serve? Asks the health service of both ports, over TLS, and believes nothing else.
+"""Does a server serve? Both sides: the health service of its ports, and who asks both, over TLS, and believes nothing else.
 
 Light to import: `python -m fp_server.health` is a container's health check and runs again and again, so nothing of the
 command line, of scipy or of pydantic is needed for it.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.errors import ConfigError, FedPrunerError, UnreachableError
@@ -28,6 +29,8 @@ TIMEOUT = 5.0
 ANYWHERE = ("0.0.0.0", "::", "[::]")
 """Listening on all addresses, localhost among them."""
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -36,6 +39,29 @@ class Endpoint:
     port: int
     enroll_port: int
     host: str = "localhost"
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """The standard health service without its streams: one question, one answer, and nothing that stays.
+
+    The library's own holds a lock while it writes to who watches, and needs the same one to say that the server stops: a peer
+    that reads nothing would keep it from stopping.
+    """
+
+    def __init__(self) -> None:
+        self.serving = False
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> Any:  # noqa: N802
+        """Whether the server serves. It has no parts: any name but "" is NOT_FOUND."""
+        if request.service:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.service[:200]!r}: this server has no such part")
+        states = health_pb2.HealthCheckResponse
+        return states(status=states.SERVING if self.serving else states.NOT_SERVING)
+
+    async def _unserved(self, request: Any, context: Context) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server answers Check alone; ask again to see a change")
+
+    Watch = List = _unserved  # the stubs that would be inherited leave a trace in the log for every call
 
 
 def local_host(listen: str) -> str:

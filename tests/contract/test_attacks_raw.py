@@ -16,7 +16,9 @@ from siege import Besieged, in_thread
 from common.pb import session_pb2
 from common.transport import serde
 
-OPEN, WATCH = "/fedpruner.v1.Sessions/Open", "/grpc.health.v1.Health/Watch"
+OPEN = "/fedpruner.v1.Sessions/Open"
+CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+"""A call that is answered, and one that is not served."""
 HELLO = session_pb2.DeviceMessage(hello=session_pb2.Hello(schema=serde.schema(), version="raw")).SerializeToString()
 SOON = 30.0
 """Seconds within which the server (its waits are 2 s here) must have hung up."""
@@ -209,6 +211,15 @@ def flood(stream, made, seconds=2.0, most=400_000):
     return count
 
 
+def calls(path, n):
+    """Ten whole calls, the `n`th ten of a connection."""
+    return b"".join(
+        h.frame(h.HEADERS, h.END_HEADERS, 2 * k + 3, h.call_headers(path))
+        + h.frame(h.DATA, h.END_STREAM, 2 * k + 3, h.message(b""))
+        for k in range(10 * n, 10 * n + 10)
+    )
+
+
 FLOODS = {
     "pings": lambda n: h.frame(h.PING, 0, 0, b"\0" * 8) * 10,
     "settings": lambda n: h.frame(h.SETTINGS, 0, 0) * 10,
@@ -218,11 +229,8 @@ FLOODS = {
         h.frame(h.HEADERS, h.END_HEADERS, 2 * k + 3, h.call_headers(OPEN)) + h.frame(h.RST_STREAM, 0, 2 * k + 3, b"\0\0\0\x08")
         for k in range(10 * n, 10 * n + 10)
     ),
-    "calls": lambda n: b"".join(
-        h.frame(h.HEADERS, h.END_HEADERS, 2 * k + 3, h.call_headers(WATCH))
-        + h.frame(h.DATA, h.END_STREAM, 2 * k + 3, h.message(b""))
-        for k in range(10 * n, 10 * n + 10)
-    ),
+    "calls": lambda n: calls(CHECK, n),
+    "watches": lambda n: calls(WATCH, n),
     "no such method": lambda n: b"".join(
         h.frame(h.HEADERS, h.END_HEADERS | h.END_STREAM, 2 * k + 3, h.call_headers(f"/x/{k}")) for k in range(10 * n, 10 * n + 10)
     ),
