@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from common.errors import ConfigError, IdentityError
+import asyncio
+
+from common.errors import ConfigError, IdentityError, StorageError
 from common.types import ModelManifest
 from fp_server import audit
 from fp_server import events as e
 from fp_server.audit import SERVER, Actor, Entry
 from fp_server.commands import Connected
 from fp_server.config import RunConfig
-from fp_server.coordinator import Coordinator
+from fp_server.coordinator import AGAIN, Coordinator
 from fp_server.limits import RUN_FILE
 from fp_server.log import Also
 from fp_server.narrate import tell
@@ -74,9 +76,21 @@ async def kick(coordinator: Coordinator, name: str) -> None:
     error = IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
     if (session := coordinator.sessions.get(name)) is not None:
         session.close(error)
-    machine = coordinator.active
-    current = machine.current if machine is not None else None
-    if machine is None or current is None or current.closed is not None:
-        return
-    if (member := current.members.get(name)) is not None and member.stage is not Stage.DROPPED:
-        await coordinator.insist(e.DeviceDropped(machine.name, current.opened.key, name, "IdentityError", str(error), True))
+    while True:
+        try:
+            return await coordinator.background.whole(_leave_round(coordinator, name, error))
+        except StorageError:  # noted where it was met
+            await asyncio.sleep(AGAIN)
+
+
+async def _leave_round(coordinator: Coordinator, name: str, error: IdentityError) -> None:
+    """Take a revoked device out of the round, unless it is closed: decided under the lock, so that the log never says so of an
+    update that counts."""
+    async with coordinator.lock:
+        machine = coordinator.active
+        current = machine.current if machine is not None else None
+        if machine is None or current is None or current.closed is not None:
+            return
+        if (member := current.members.get(name)) is not None and member.stage is not Stage.DROPPED:
+            event = e.DeviceDropped(machine.name, current.opened.key, name, "IdentityError", str(error), True)
+            await coordinator.post_locked(event)

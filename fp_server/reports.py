@@ -13,6 +13,7 @@ from fp_server import events as e
 from fp_server.capacity import plan_problem
 from fp_server.commands import PlanConfirmed, ProgressSeen
 from fp_server.coordinator import Coordinator
+from fp_server.validation import LARGEST
 
 logger = logging.getLogger("fp_server")
 
@@ -137,6 +138,9 @@ async def accept(coordinator: Coordinator, device: str, ready: UpdateReady) -> b
 def _probe_problem(r: ProbeReport, units: int) -> str:
     if r.similarity.shape[0] != units:
         return f"the probe has {r.similarity.shape[0]} units, expected {units}"
+    for name in ("loss", "tokens", "seconds"):  # means of them are shown, and JSON has no infinity
+        if not abs(value := getattr(r, name)) <= LARGEST:
+            return f"the probe's {name} is {value:.4g}, at most {LARGEST:.0e} counts"
     if not units:
         return ""
     low = min(float(r.similarity.min()), float(r.in_out.min()))

@@ -15,7 +15,7 @@ from test_rounds import MANIFEST, plan, probed, toml
 from common.bucket import Bucket, Buckets
 from common.errors import StorageError
 from common.tensorfile import write_tensors
-from common.types import PlanReport, UpdateMetrics
+from common.types import PlanReport, ProbeReport, UpdateMetrics
 from fp_server import commands as c
 from fp_server import events as e
 from fp_server import memory, work
@@ -24,7 +24,7 @@ from fp_server.coordinator import Coordinator
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 from fp_server.operations import kick, start_run
-from fp_server.reports import plan_reported
+from fp_server.reports import plan_reported, probe_reported
 from fp_server.sessions import Session
 from fp_server.validation import expected_shapes
 
@@ -468,6 +468,38 @@ def test_a_revoked_device_takes_its_update_out_of_the_open_round(tmp_path, datab
         assert sum(isinstance(event, e.DeviceDropped) for _, event in coordinator.log.replay("r")) == 1
 
     with_coordinator(tmp_path, database, body, store=store)
+
+
+def test_a_device_revoked_as_its_round_closes_is_not_said_to_be_out_of_it(tmp_path, database):
+    """Its update counts: the round closes while the revocation waits for its turn."""
+
+    async def body(coordinator):
+        key = await both_drawn(coordinator)
+        await both_assigned(coordinator, key)
+        async with coordinator.lock:
+            revoking = asyncio.create_task(kick(coordinator, "a"))
+            await asyncio.sleep(0.05)
+            await coordinator.post_locked(e.RoundClosed("r", key, True, "by hand"))
+        await revoking
+        assert not [event for _, event in coordinator.log.replay("r") if isinstance(event, e.DeviceDropped)]
+
+    with_coordinator(tmp_path, database, body)
+
+
+@pytest.mark.parametrize("figure", ["loss", "tokens", "seconds"])
+def test_a_probe_that_can_not_have_been_measured_costs_its_round(tmp_path, database, figure):
+    """Status shows means of them, and JSON has no infinity."""
+
+    async def body(coordinator):
+        key = await both_drawn(coordinator)
+        given = probed(key, "a")
+        report = ProbeReport(key, given.similarity, given.in_out, given.loss, given.tokens, given.peak_bytes, given.seconds)
+        await probe_reported(coordinator, "a", dataclasses.replace(report, **{figure: 10**13}))
+        await probe_reported(coordinator, "b", report)
+        members = coordinator.active.current.members
+        assert f"the probe's {figure} is 1e+13" in members["a"].dropped.message and members["b"].dropped is None
+
+    with_coordinator(tmp_path, database, body)
 
 
 def test_another_device_can_not_fill_the_log_with_plans(tmp_path, database):
