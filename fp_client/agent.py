@@ -1,7 +1,7 @@
 """The daemon's brain: what the server says comes in, work goes to the worker, reports go out.
 
 One task at a time. Any failure of a task is told to the server and the daemon lives on; only a refused
-identity, another schema, or a server that stays away end it.
+identity, another schema, or a server that stays away or in trouble end it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Protocol
 from common.bucket import Bucket
 from common.errors import (
     AlreadyDone,
+    ConfigError,
     DigestError,
     FedPrunerError,
     IdentityError,
     InUseError,
     LimitError,
     NotFound,
+    ProtocolError,
     TooLate,
     UnreachableError,
     UpdateRejected,
@@ -139,7 +141,8 @@ class Agent:
         await self.reconnect()
 
     async def run(self) -> None:
-        """Stay connected. Raises UnreachableError after bounded tries, IdentityError, ProtocolError (other schema)."""
+        """Stay connected. Raises IdentityError, InUseError, ProtocolError (other schema), ConfigError; UnreachableError
+        and whatever else keeps a session from being opened after bounded tries."""
         failures = 0
         try:
             while True:
@@ -166,7 +169,9 @@ class Agent:
         """One session to its end; why it ended, when that is worth another try."""
         try:
             session = await self._open()
-        except (UnreachableError, LimitError) as error:
+        except (IdentityError, InUseError, ProtocolError, ConfigError):
+            raise  # time mends none of these
+        except FedPrunerError as error:  # the server is away, full, in trouble with its disk, or just being replaced
             self.link = self.link.lost(str(error))
             return error
         self.link = self.link.opened(session.device)

@@ -50,9 +50,10 @@ async def renew(connection: Connection) -> x509.Certificate:
 
 
 async def stay_valid(connection: Connection, renewed: Callable[[], Awaitable[None]], sleep: Sleep = asyncio.sleep) -> None:
-    """Renew the certificate whenever it is due, for as long as it is valid; `renewed` is called after each time.
+    """Renew the certificate whenever it is due, for as long as the daemon runs; `renewed` is called after each time.
 
-    No failure ends this before the certificate does: the server may be away for days.
+    No failure ends this: the server may be away for days, a clock be set right, a file be read again, another certificate be
+    put in place of one that has ended.
     """
     path = connection.directory / "device.pem"
     failures = 0
@@ -60,17 +61,21 @@ async def stay_valid(connection: Connection, renewed: Callable[[], Awaitable[Non
         try:
             certificate = tls.check_validity(path)
         except IdentityError as error:
-            log.error("%s", error)
-            return
+            log.error("%s; the next look is in %.0f min", error, LOOK / 60)
+            await sleep(LOOK)
+            continue
         if (wait := due(certificate).timestamp() - time.time()) > 0:
             await sleep(min(wait, LOOK))
             continue
         try:
             new = await renew(connection)
-        except FedPrunerError as error:
+        except Exception as error:  # one that nobody foresaw is no reason to let the certificate end
             delay = retries(certificate).delay(failures)
             failures += 1
-            log.warning("%s ends on %s and is not renewed yet: %s; next try in %.0f s", path, _day(certificate), error, delay)
+            log.warning(
+                "%s ends on %s and is not renewed yet: %s; next try in %.0f s", path, _day(certificate), error, delay,
+                exc_info=not isinstance(error, FedPrunerError),
+            )  # fmt: skip
             await sleep(delay)
         else:
             log.info("%s is renewed: valid until %s", path, _day(new))

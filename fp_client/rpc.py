@@ -285,7 +285,8 @@ class Connection:
     async def open(self) -> Session:
         """Open the session: Hello, then Welcome.
 
-        Raises UnreachableError, IdentityError (also for an expired certificate), ProtocolError when the schemas differ.
+        Raises UnreachableError, IdentityError (also for an expired certificate), ProtocolError when the schemas differ, and the
+        server's errors, its StorageError for one.
         """
         fault("device.session.open")
         tls.check_validity(self._certificate)

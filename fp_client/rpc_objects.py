@@ -175,6 +175,7 @@ class Transfer:
         OffsetError, DigestError and the server's StorageError; StorageError when the update can't be read here.
         """
         tries, again, best, sent, at = 0, 0, 0, 0, 0
+        broken: list[Exception] = []
 
         def note(done: int, total: int) -> None:
             nonlocal sent, at
@@ -197,10 +198,14 @@ class Transfer:
                         tries = again = 0
                     best, at = max(best, reply.offset), reply.offset
                     allowed(sent + ready.ref.size - reply.offset)
-                    acked = await stub.Push(_pieces(ready, reply.offset, path, note))
+                    acked = await stub.Push(_pieces(ready, reply.offset, path, note, broken))
                     done = readable(acked, "answer to a push", self.connection.address)
                     fault("device.push.acked")
                     return bool(done.duplicate)
+                except asyncio.CancelledError:
+                    if not broken or (task := asyncio.current_task()) is None or task.cancelling():
+                        raise
+                    raise broken[0] from None  # gRPC tells nobody: it cancels the call, as for a task that ends
                 except grpc.aio.AioRpcError as raw:
                     error = await self.connection.translate(raw, channel)
                     if isinstance(error, ASKED_AGAIN) and again < AGAIN:
@@ -228,15 +233,29 @@ class Transfer:
         return tries
 
 
-async def _pieces(ready: UpdateReady, offset: int, path: Path, progress: OnBytes) -> AsyncIterator[objects_pb2.PushMessage]:
-    fault("device.push.start")
-    yield objects_pb2.PushMessage(header=serde.ready_to_pb(ready, offset))
-    with path.open("rb") as file:
-        file.seek(offset)
-        done = offset
-        while piece := file.read(wire.CHUNK):
-            yield objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=piece))
-            fault("device.push.middle")
-            done += len(piece)
-            progress(done, ready.ref.size)
-    fault("device.push.end")
+async def _pieces(
+    ready: UpdateReady, offset: int, path: Path, progress: OnBytes, broken: list[Exception]
+) -> AsyncIterator[objects_pb2.PushMessage]:
+    """An update as messages, from a byte on. What ends them too early is put into `broken`: nobody hears what is raised here."""
+    try:
+        fault("device.push.start")
+        yield objects_pb2.PushMessage(header=serde.ready_to_pb(ready, offset))
+        with path.open("rb") as file:
+            file.seek(offset)
+            done = offset
+            while piece := file.read(wire.CHUNK):
+                yield objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=piece))
+                fault("device.push.middle")
+                done += len(piece)
+                progress(done, ready.ref.size)
+        fault("device.push.end")
+    except Exception as error:
+        broken.append(_unreadable(path, error) if isinstance(error, OSError) else error)
+        raise
+
+
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path}: the update can't be read: {error.strerror or error}; look at this device's disk. "
+        "Asked again, the device trains anew what it still can't read"
+    )

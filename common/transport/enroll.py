@@ -53,7 +53,7 @@ async def join(
     text: str, directory: Path, role: str, remember: Callable[[str], None], backoff: wire.Backoff | None = None,
     say: Say = lambda _: None, again: bool = False,
 ) -> Joined:  # fmt: skip
-    """Enroll with a join token and fill `directory` (0700): ca.pem, ``<role>.key`` (0600), ``<role>.pem``.
+    """Enroll with a join token and fill `directory` (0700): ca.pem, ``<role>.key``, ``<role>.pem`` (0600 each).
 
     `remember` is told the server's address before the certificate is written. Safe to repeat after a lost reply: the key is
     kept, and the server lets the same key retry the same token. A directory that has joined gets a new certificate for the
@@ -73,7 +73,7 @@ async def join(
     if (before := _name_before(directory / f"{role}.pem")) not in ("", name):
         say(f"{directory} was {before!r} and is {name!r} from now on; `fp-server revoke {before}` ends the old certificate")
     with _storage(directory):
-        (directory / "ca.pem").write_text(ca)
+        tls.write_private(directory / "ca.pem", ca.encode())
         remember(token.server)
         tls.write_private(directory / f"{role}.pem", pem.encode())
     return Joined(name, role, token.server)
@@ -86,11 +86,13 @@ async def renew(channel: grpc.aio.Channel, directory: Path, role: str) -> x509.C
     comes is not a certificate for this key and identity, StorageError, and gRPC's errors as they come.
     """
     path = directory / f"{role}.pem"
-    old, key = tls.check_validity(path), tls.load_key(directory / f"{role}.key")
+    with _storage(directory, "read"):  # all of it before the server signs what could not be checked then
+        old, key = tls.check_validity(path), tls.load_key(directory / f"{role}.key")
+        ca = (directory / "ca.pem").read_text()
     request = enroll_pb2.RenewRequest(csr_pem=tls.make_csr(key, role))
     stub: enroll_pb2_grpc.RenewalAsyncStub = enroll_pb2_grpc.RenewalStub(channel)
     reply = await stub.Renew(request, timeout=TIMEOUT)
-    pem, new = certificate_of(reply, (directory / "ca.pem").read_text(), key, "renewal")
+    pem, new = certificate_of(reply, ca, key, "renewal")
     if tls.identity_of(new) != tls.identity_of(old):
         raise ProtocolError(f"the server's certificate is for {'/'.join(tls.identity_of(new))}; {path} is kept")
     fault("device.renewal.answered")
@@ -100,11 +102,11 @@ async def renew(channel: grpc.aio.Channel, directory: Path, role: str) -> x509.C
 
 
 @contextlib.contextmanager
-def _storage(directory: Path) -> Iterator[None]:
+def _storage(directory: Path, done: str = "written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{error.filename or directory}: can't be written: {error.strerror}") from None
+        raise StorageError(f"{error.filename or directory}: can't be {done}: {error.strerror}") from None
 
 
 def _prepare(directory: Path, role: str, again: bool) -> ec.EllipticCurvePrivateKey:

@@ -12,9 +12,12 @@ from fake_server import serving
 
 from common.errors import (
     BudgetError,
+    DamagedError,
     DataError,
     DigestError,
+    FedPrunerError,
     IdentityError,
+    InUseError,
     OffsetError,
     ProtocolError,
     StorageError,
@@ -357,6 +360,32 @@ def test_an_update_that_was_damaged_on_the_devices_disk_is_trained_again(tmp_pat
     against(tmp_path, body)
 
 
+def test_an_update_that_this_device_can_not_read_is_a_failed_task_and_trained_anew_when_asked_again(tmp_path):
+    """gRPC turns what its request iterator raises into a cancelled call, which no handler of errors sees."""
+
+    class Gone(Transfer):
+        pushes = 0
+
+        async def push(self, ready, path, *rest):
+            self.pushes += 1
+            if self.pushes == 1:
+                path.unlink()
+            return await super().push(ready, path, *rest)
+
+    async def body(server):
+        async with Device(server, tmp_path) as device, asyncio.timeout(20):
+            device.agent._transfer = Gone(device.connection)
+            await device.joins()
+            await device.hears("assignment", assignment())
+            failed = await server.sessions.next("failed")
+            assert failed.error == "StorageError" and "r.safetensors: the update can't be read: No such file" in failed.message
+            await device.hears("assignment", assignment())
+            await device.until(lambda: server.objects.accepted)
+            assert device.work.begun == ["plan", "train", "train"] and server.sessions.opened == 1
+
+    against(tmp_path, body)
+
+
 @pytest.mark.parametrize("kind", [OffsetError, DigestError, StorageError, ProtocolError])
 def test_no_refusal_but_a_final_one_costs_the_trained_update(tmp_path, kind):
     async def body(server):
@@ -644,7 +673,7 @@ def test_a_server_that_stays_away_ends_the_daemon(tmp_path):
     against(tmp_path, body)
 
 
-@pytest.mark.parametrize("error", [IdentityError("revoked"), ProtocolError("another schema")])
+@pytest.mark.parametrize("error", [IdentityError("revoked"), ProtocolError("another schema"), InUseError("two daemons")])
 def test_a_refusal_ends_the_daemon_at_once(tmp_path, error):
     async def body(server):
         server.sessions.refuse = error
@@ -652,6 +681,33 @@ def test_a_refusal_ends_the_daemon_at_once(tmp_path, error):
             with pytest.raises(type(error), match=str(error)):
                 await asyncio.wait_for(device.running, 20)
             assert len(server.sessions.schemas) == 1
+
+    against(tmp_path, body)
+
+
+def unimplemented() -> FedPrunerError:
+    """What is between a device and a server that is just being replaced answers for it."""
+    error = FedPrunerError("Method not found!")
+    error.status = "UNIMPLEMENTED"
+    return error
+
+
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), DamagedError("log.sqlite: event 7"), unimplemented()])
+def test_a_server_in_trouble_is_asked_again_and_not_for_ever(tmp_path, caplog, error):
+    async def body(server):
+        server.sessions.refuse = error
+        async with Device(server, tmp_path) as device:
+            device.agent._backoff = replace(QUICK, attempts=20)
+            await device.until(lambda: len(server.sessions.schemas) >= 2 or device.running.done())
+            assert not device.running.done() and str(error) in device.agent.link.reason
+            server.sessions.refuse = None
+            await device.joins()
+            assert f"{error}; try 2 of 20" in caplog.text
+            server.sessions.refuse = error
+            await server.sessions.tell.put("cut")
+            with pytest.raises(type(error), match=str(error)):
+                await asyncio.wait_for(device.running, 20)
+            assert len(server.sessions.schemas) > 20
 
     against(tmp_path, body)
 

@@ -15,7 +15,7 @@ from test_agent import Device, assignment, probe_task
 from test_client_cli import Printed
 
 from common.errors import IdentityError, ProtocolError, StorageError
-from common.transport import tls
+from common.transport import enroll, tls
 from common.transport.wire import Backoff
 from fp_client import renewal
 from fp_client.rpc import Connection
@@ -167,19 +167,92 @@ def test_a_clock_that_is_ahead_does_not_make_it_ask_again_and_again(tmp_path, ca
     assert "is the clock ahead?" in caplog.text
 
 
-def test_a_certificate_that_has_ended_is_not_asked_for(tmp_path, caplog):
+async def in_the_end(server, connection, before):
+    """`stay_valid` until it has renewed, once; `before` hears the seconds of each sleep until then."""
+    again = asyncio.Event()
+
+    async def sleep(seconds):
+        if again.is_set():
+            await asyncio.Event().wait()
+        assert server.renewal.asked == [], "nothing is signed that can't be used"
+        before(seconds)
+
+    async def renewed():
+        again.set()
+
+    renewing, waiting = asyncio.create_task(renewal.stay_valid(connection, renewed, sleep)), asyncio.create_task(again.wait())
+    await asyncio.wait({renewing, waiting}, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+    assert again.is_set() and not renewing.done() and len(server.renewal.asked) == 1
+    renewing.cancel()
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("ahead", "said"),
+    [
+        (timedelta(days=30), r"expired on .* join again with a new token; the next look is in 60 min"),
+        (timedelta(days=-90), r"not valid before .* is the clock right\?; the next look is in 60 min"),
+    ],
+)
+def test_a_certificate_is_not_asked_for_while_it_has_ended_and_is_once_the_clock_is_right_again(
+    tmp_path, caplog, monkeypatch, ahead, said
+):
+    slept: list[float] = []
+
+    class Clock(datetime):
+        off = ahead
+
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + cls.off
+
     async def body(server):
         connection = Connection(tmp_path, server.address)
-        server.ca.join(tmp_path, valid=(timedelta(days=-9), timedelta(days=-1)))
-        await renewal.stay_valid(connection, lambda: asyncio.sleep(0))  # returns: a new token is needed
-        with pytest.raises(IdentityError, match="expired on"):
+        monkeypatch.setattr(tls, "datetime", Clock)
+        with pytest.raises(IdentityError, match=said.partition(";")[0]):
             await renewal.renew(connection)
-        assert server.renewal.asked == []
-        await connection.close()
+
+        def before(seconds):
+            slept.append(seconds)
+            if len(slept) == 3:
+                Clock.off = timedelta(0)
+
+        await in_the_end(server, connection, before)
 
     with caplog.at_level(logging.ERROR):
         against(tmp_path, body)
-    assert "expired on" in caplog.text and "join again with a new token" in caplog.text
+    assert slept == [renewal.LOOK] * 3
+    assert sum(re.search(said, message) is not None for message in caplog.messages) == 3, "once a look"
+
+
+@pytest.mark.parametrize("what", ["ca.pem", "unforeseen"])
+def test_a_file_that_can_not_be_read_for_a_moment_and_an_error_nobody_foresaw_do_not_end_the_renewals(
+    tmp_path, caplog, monkeypatch, what
+):
+    async def body(server):
+        connection, ask, aside = Connection(tmp_path, server.address), enroll.renew, tmp_path / "aside"
+
+        async def unforeseen(*_):
+            raise RuntimeError("boom")
+
+        if what == "ca.pem":
+            (tmp_path / "ca.pem").rename(aside)
+        else:
+            monkeypatch.setattr(enroll, "renew", unforeseen)
+
+        def before(seconds):
+            assert 30 <= seconds <= 60
+            if aside.exists():
+                aside.rename(tmp_path / "ca.pem")
+            monkeypatch.setattr(enroll, "renew", ask)
+
+        await in_the_end(server, connection, before)
+
+    with caplog.at_level(logging.WARNING):
+        against(tmp_path, body)
+    said = {"ca.pem": f"{tmp_path}/ca.pem: can't be read: No such file or directory", "unforeseen": "boom"}[what]
+    assert f"is not renewed yet: {said}; next try in" in caplog.text
+    assert ("Traceback" in caplog.text) == (what == "unforeseen")
 
 
 def test_a_certificate_replaced_by_hand_is_taken_up_without_a_restart(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import random
 from contextlib import AsyncExitStack
@@ -307,6 +308,46 @@ def test_push_gives_up_after_bounded_tries(tmp_path):
         with pytest.raises(UnreachableError):
             await Transfer(connection).push(ready, path)
         assert server.objects.pushes == QUICK.attempts
+
+    with_server(tmp_path, body)
+
+
+@pytest.mark.parametrize(("there", "said"), [(None, "No such file"), ("/", "Is a directory"), ("/proc/self/mem", "Input/output")])
+def test_an_update_that_can_not_be_read_here_is_said_and_not_waited_for(tmp_path, there, said):
+    async def body(server, connection):
+        ready, path = update(tmp_path, 3000)
+        path.unlink()
+        if there:
+            path.symlink_to(there)
+        with pytest.raises(StorageError, match=f"{path}: the update can't be read: {said}.*; look at this device's disk"):
+            await Transfer(connection).push(ready, path)
+        assert server.objects.pushes <= 1 and not server.objects.accepted
+
+    with_server(tmp_path, body)
+
+
+def test_a_push_that_is_cancelled_ends_as_cancelled_also_when_its_update_can_not_be_read(tmp_path):
+    async def body(server, connection):
+        ready, path = update(tmp_path, 3000)
+
+        def gone(done, total):
+            task.cancel()
+            raise OSError(errno.EIO, "the disk is gone")
+
+        task = asyncio.create_task(Transfer(connection).push(ready, path, gone))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with_server(tmp_path, body)
+
+
+def test_what_else_goes_wrong_while_a_push_is_read_is_raised_as_it_is(tmp_path):
+    async def body(server, connection):
+        def broken(done, total):
+            raise ValueError("boom")
+
+        with pytest.raises(ValueError, match="boom"):
+            await Transfer(connection).push(*update(tmp_path, 3000), broken)
 
     with_server(tmp_path, body)
 
