@@ -16,13 +16,15 @@ from fp_server import audit, damage
 from fp_server.background import Background
 from fp_server.commands import SendAssignment
 from fp_server.log import EventLog
-from fp_server.objects import ObjectStore
+from fp_server.objects import ObjectStore, Stamp
 from fp_server.rounds import RunMachine
 
 logger = logging.getLogger("fp_server")
 
 COLLECT = 3600.0
 """Seconds between looks for objects that nothing refers to, and how old these must be."""
+RECENT = 60.0
+"""For so many seconds an object that was read whole is not read again before it is sent."""
 
 
 class Keeper:
@@ -40,6 +42,8 @@ class Keeper:
         """The ledgers and adapters of all ended runs."""
         self._held: Counter[str] = Counter()
         self._making = 0
+        self._read: dict[str, tuple[float, Stamp]] = {}
+        """Digest -> when an object was found whole, and the stamp it had."""
         self._idle = asyncio.Event()
         self._idle.set()
         store.quarantined = self._quarantined
@@ -136,6 +140,18 @@ class Keeper:
                 raise
         self._note(source, "")
         return path
+
+    async def sendable(self, digest: str) -> None:
+        """`readable`, before an object is sent, but for one that was read a moment ago and nobody has touched since: who asks
+        for its last byte again and again must not have the server read all of it each time. The device checks the digest, too."""
+        now, stamp = time.monotonic(), self.store.stamp(digest)
+        read, known = self._read.get(digest, (0.0, None))
+        if stamp is not None and stamp == known and now - read < RECENT:
+            return
+        await self.readable(digest)
+        self._read = {one: seen for one, seen in self._read.items() if now - seen[0] < RECENT}
+        if stamp is not None:  # of before it was read: one that was made again is read again
+            self._read[digest] = now, stamp
 
     def _quarantined(self, digest: str, why: str) -> None:
         """Enter it in the audit trail; in the thread that found the damage."""

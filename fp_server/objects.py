@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from common.errors import DamagedError, DigestError, NotFound, StorageError
 from common.faults import fault
@@ -23,6 +24,18 @@ from common.files import digest_file, disk_full, make_directory, sync_directory
 from common.types import ObjectRef
 
 logger = logging.getLogger("fp_server")
+
+Stamp = tuple[int, int, int, int]
+"""Inode, size and times of a file: whatever writes to it changes one of them."""
+
+
+def stamp_of(file: Path | int) -> Stamp | None:
+    """The stamp of a file, by path or descriptor; None when there is none to be had."""
+    try:
+        seen = os.stat(file)  # noqa: PTH116 -- a descriptor, too
+    except OSError:
+        return None
+    return seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
@@ -57,6 +70,8 @@ class ObjectStore:
         self._count = 0
         self._folders: set[str] = set()
         """Of two digits each: those whose entry this process has synced. Who made one may have been killed before that."""
+        self.running: dict[str, tuple[str, Stamp, Any]] = {}
+        """Device -> what it sent last in part: the digest it announced, the file as it was left, and the digest of that."""
         for path in () if reading else (self._objects, self.partial, self.scratch):
             make_directory(path)
 
@@ -76,6 +91,10 @@ class ObjectStore:
     def has(self, digest: str) -> bool:
         """Whether the object is here."""
         return (self._objects / digest[:2] / digest).exists()
+
+    def stamp(self, digest: str) -> Stamp | None:
+        """By which an object is known to be untouched; None when it is not here."""
+        return stamp_of(self._objects / digest[:2] / digest)
 
     def sound(self, digest: str) -> Path:
         """Where an object lies, whose bytes have just been read and have its digest. Raises DamagedError when they have not, or
@@ -245,7 +264,7 @@ class Arrival:
         except OSError as error:
             raise storage_error(directory, error) from None
         self._file: FileIO | None = None
-        self._hash = hashlib.sha256()
+        self._hash, self._hashed = hashlib.sha256(), 0
         self._using = threading.Lock()  # a push that was broken off is closed while a thread may still be writing for it
 
     @property
@@ -253,19 +272,34 @@ class Arrival:
         """How many bytes have arrived."""
         return self.path.stat().st_size if self.path.exists() else 0
 
+    @property
+    def expected(self) -> int:
+        """Where a push must begin: what `open` will return, without reading what is there."""
+        return have if (have := self.offset) <= self.ref.size else 0
+
     def open(self) -> int:
-        """Get ready to append; returns the offset. Reads what is there to go on with its digest."""
-        self._hash = hashlib.sha256()
-        try:
-            if self.offset > self.ref.size:
-                self.path.unlink()
-            self._file = self.path.open("ab", buffering=0)  # what was written survives a kill of the process
-            with self.path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    self._hash.update(chunk)
-        except OSError as error:
-            raise storage_error(self.path, error) from None
-        return self.offset
+        """Get ready to append; returns the offset. Reads what is there to go on with its digest, unless it is as it was left: who
+        begins again and again must not have the server read it each time."""
+        with self._using:
+            self._hash, self._hashed = hashlib.sha256(), 0
+            try:
+                if self.offset > self.ref.size:
+                    self.path.unlink()
+                self._file = self.path.open("ab", buffering=0)  # what was written survives a kill of the process
+                left = self._store.running.get(self.path.parent.name)
+                if left is not None and left[:2] == (self.ref.digest, stamp_of(self.path)):
+                    self._hash, self._hashed = left[2].copy(), self.offset
+                else:
+                    self._read()
+            except OSError as error:
+                raise storage_error(self.path, error) from None
+            return self.offset
+
+    def _read(self) -> None:
+        with self.path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                self._hash.update(chunk)
+                self._hashed += len(chunk)
 
     def write(self, data: bytes) -> None:
         """Append. Raises DigestError when more arrives than was announced, StorageError when the disk is full."""
@@ -283,6 +317,7 @@ class Arrival:
             except OSError as error:
                 raise storage_error(self.path, error) from None
             self._hash.update(data)
+            self._hashed += len(data)
 
     def close(self) -> None:
         """Keep what has arrived for a later push."""
@@ -290,9 +325,13 @@ class Arrival:
             if self._file is not None:
                 file, self._file = self._file, None
                 try:
+                    stamp = stamp_of(file.fileno())
                     file.close()
                 except OSError as error:
                     raise storage_error(self.path, error) from None
+                self._store.running.pop(self.path.parent.name, None)
+                if stamp is not None and stamp[1] == self._hashed:  # more is there when a write was not whole
+                    self._store.running[self.path.parent.name] = self.ref.digest, stamp, self._hash.copy()
 
     def finish(self) -> Path:
         """All has arrived: the file, checked. Raises DigestError (and drops it) when its digest is wrong,

@@ -19,22 +19,37 @@ class Quota:
 
     def __init__(self, directory: Path, limits: ServerLimits) -> None:
         self._directory, self._limits = directory, limits
-        self._arriving: dict[str, int] = {}
+        self._arriving: dict[object, tuple[str, int]] = {}
+        """Each under a key of its own: what one that was broken off leaves must not be taken for the next one of its device."""
         self._lock = threading.Lock()
 
     @contextlib.asynccontextmanager
     async def held(self, device: str, size: int) -> AsyncIterator[None]:
         """Keep room for an update of that size while it arrives. Raises LimitError or StorageError; the device tries again."""
-        await asyncio.to_thread(self._take, device, size)
+        place = object()
+        taking = asyncio.ensure_future(asyncio.to_thread(self._take, place, device, size))
         try:
+            await asyncio.shield(taking)
             yield
         finally:
-            self._arriving.pop(device, None)
+            if taking.done():
+                self._arriving.pop(place, None)
+            else:  # broken off: the thread will take it all the same
+                taking.add_done_callback(lambda done: self._given_up(place, done))
 
-    def _take(self, device: str, size: int) -> None:
+    def fits(self, size: int) -> bool:
+        """Whether there is room for an update of that size when no other is on its way: who waits for it waits for others."""
+        return size <= self._limits.arrival_bytes
+
+    def _given_up(self, place: object, taking: asyncio.Future[None]) -> None:
+        self._arriving.pop(place, None)
+        if not taking.cancelled():
+            taking.exception()  # nobody is left to hear it
+
+    def _take(self, place: object, device: str, size: int) -> None:
         with self._lock:
             self._check(device, size)
-            self._arriving[device] = size
+            self._arriving[place] = device, size
 
     def _check(self, device: str, size: int) -> None:
         try:
@@ -44,7 +59,7 @@ class Quota:
             raise storage_error(self._directory, error) from None
         announced = {
             **there,
-            **{one: max(bytes_, there.get(one, 0)) for one, bytes_ in list(self._arriving.items())},
+            **{one: max(bytes_, there.get(one, 0)) for one, bytes_ in list(self._arriving.values())},
             device: size,
         }
         total, most = sum(announced.values()), self._limits.arrival_bytes

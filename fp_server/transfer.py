@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
 
-from common.errors import AlreadyDone, FedPrunerError, NotFound, OffsetError, ProtocolError, StorageError, TooLate, UpdateRejected
+from common.bucket import Buckets
+from common.errors import (
+    AlreadyDone,
+    FedPrunerError,
+    LimitError,
+    NotFound,
+    OffsetError,
+    ProtocolError,
+    StorageError,
+    TooLate,
+    UpdateRejected,
+)
 from common.faults import fault
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
@@ -53,6 +64,9 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
     def __init__(self, coordinator: Coordinator, access: Access) -> None:
         self._coordinator, self._access = coordinator, access
         self._pushing: dict[str, _Push] = {}
+        self._under_way = 0
+        """Pushes that have their turn, those included that give way to another of their device."""
+        self._waits = Buckets(1 / TELL_SECONDS, 1)
         self._quota = Quota(coordinator.store.partial, coordinator.config.limits)
         self._checking = asyncio.Semaphore(1)  # memory must not grow with the number of devices that push at once
 
@@ -62,9 +76,12 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             machine = self._coordinator.active
             if machine is None or request.digest not in machine.may_fetch(peer.name):
                 raise NotFound(f"object {request.digest[:16]!r}… is not part of this device's current task")
-            size = (await self._coordinator.keeper.readable(request.digest)).stat().st_size
+            size = next(one.ref.size for one in machine.objects() if one.ref.digest == request.digest)
             if request.offset > size:
                 raise ProtocolError(f"object {request.digest[:16]}… has {size} bytes; there is no byte {request.offset}")
+            if request.offset == size:  # a device that has all of it; nothing is read for that
+                return
+            await self._coordinator.keeper.sendable(request.digest)
             fault("server.fetch.before")
             chunks = self._coordinator.store.chunks(request.digest, request.offset, CHUNK)
             rate, patience = machine.config.run.min_bytes_per_second, machine.config.run.progress_timeout_seconds
@@ -73,7 +90,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 if self._coordinator.active is not machine or request.digest not in machine.may_fetch(peer.name):
                     raise TooLate(f"object {request.digest[:16]}… is not part of this device's task any more")
                 self._coordinator.fetched(len(chunk))
-                ends += len(chunk) / rate if rate else math.inf
+                ends = ends + len(chunk) / rate if rate else time.monotonic() + patience  # 0: any progress counts
                 await _write(context, objects_pb2.Chunk(data=chunk), ends)
                 fault("server.fetch.chunk")
 
@@ -84,6 +101,8 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             key, ref = serde.key_from_pb(request.key), serde.ref_from_pb(request.ref)
             if self._coordinator.machine_for(key.run).check_push(peer.name, key, ref):
                 return objects_pb2.OffsetReply(offset=ref.size, accepted=True)
+            if self._under_way >= self._coordinator.config.limits.pushes and peer.name not in self._pushing:
+                await self._waiting(peer.name, key)  # a device asks before each push, and there the gate turns it away
             arrival = self._coordinator.store.arrival(peer.name, ref)
             return objects_pb2.OffsetReply(offset=arrival.offset)
         raise AssertionError("unreachable")
@@ -96,6 +115,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             wanted: TaskKey | None = None
             older, current = self._pushing.get(peer.name), _Push(task)
             self._pushing[peer.name] = current
+            self._under_way += 1
             try:
                 if older is not None:
                     await older.give_way()
@@ -114,7 +134,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 return reply
             except StorageError as error:  # what has arrived is kept, and the device tries again
                 if wanted is not None:
-                    await self._coordinator.post(c.NotReceived(peer.name, wanted))
+                    await self._waiting(peer.name, wanted)
                 self._coordinator.note("objects", f"the update of {peer.name!r} can't be stored: {error}")
                 raise
             except asyncio.CancelledError:
@@ -123,10 +143,16 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 task.uncancel()  # so that the older call ends with a status and not with silence
                 raise ProtocolError("another push of the same device took this one's place") from None
             finally:
+                self._under_way -= 1
                 current.over.set()
                 if self._pushing.get(peer.name) is current:
                     del self._pushing[peer.name]
         raise AssertionError("unreachable")
+
+    async def _waiting(self, device: str, key: TaskKey) -> None:
+        """A device wants to push, and the server can't take it: that time is not the device's, within the round's hard limit."""
+        if self._waits.allow(device, time.monotonic()):
+            await self._coordinator.post(c.NotReceived(device, key))
 
     async def _receive(self, peer: Peer, ready: UpdateReady, offset: int, context: Context) -> objects_pb2.PushReply:
         device = peer.name
@@ -145,11 +171,16 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             await reject(self._coordinator, device, ready.key, ProtocolError(text))
             raise ProtocolError(text)
         arrival = self._coordinator.store.arrival(device, ready.ref)
-        async with self._quota.held(device, ready.ref.size):
-            have = await asyncio.to_thread(arrival.open)
+        _check_offset(offset, arrival.expected)  # before anything is read
+        async with contextlib.AsyncExitStack() as room:
             try:
-                if offset != have:
-                    raise OffsetError(f"the push begins at byte {offset}, expected {have}; ask Offset first")
+                await room.enter_async_context(self._quota.held(device, ready.ref.size))
+            except LimitError:  # what others send is in the way
+                if self._quota.fits(ready.ref.size):
+                    await self._waiting(device, ready.key)
+                raise
+            try:
+                _check_offset(offset, await asyncio.to_thread(arrival.open))
                 await self._append(device, ready, arrival, context)
             finally:
                 await asyncio.shield(asyncio.to_thread(arrival.close))
@@ -205,6 +236,11 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 await self._coordinator.post(seen)
 
 
+def _check_offset(offset: int, have: int) -> None:
+    if offset != have:
+        raise OffsetError(f"the push begins at byte {offset}, expected {have}; ask Offset first")
+
+
 async def _read(context: Context, expected: Callable[[], None]) -> Any:
     """The next message. Raises what `expected` does, which is asked again and again: a peer that sends nothing, or a byte now and
     then, must not hold its place here for longer than in the round."""
@@ -222,7 +258,7 @@ async def _write(context: Context, message: Any, ends: float) -> None:
     wait for it, too."""
     writing = asyncio.ensure_future(context.write(message))
     try:
-        timeout = None if ends == math.inf else max(0.0, ends - time.monotonic())
+        timeout = max(0.0, ends - time.monotonic())
         if not (await asyncio.wait({writing}, timeout=timeout))[0] and (address := address_of(context.peer())) is not None:
             await asyncio.to_thread(hang_up, address)
         await writing

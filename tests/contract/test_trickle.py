@@ -8,11 +8,14 @@ import time
 import grpc.aio
 import pytest
 from server_side import Device, Server, error_name, ready_for, run_toml
+from siege import Besieged
 from test_collecting import LARGE
 
 from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
 from common.transport.wire import CHUNK
+from fp_client.rpc import Connection
+from fp_client.rpc_objects import Transfer
 
 TIMEOUT = 3.0
 
@@ -109,3 +112,57 @@ def test_who_does_not_read_what_it_fetches_loses_its_place(server: Server, pause
     status, came, size = asyncio.run(main())
     assert status["history"][1]["weights"] == {"alice": 40} and status["history"][1]["committed"]
     assert 0 < came < size
+
+
+def test_who_waits_for_a_turn_longer_than_the_time_out_stays_in_the_round(tmp_path):
+    """One update arrives at a time here, and alice's takes 9 s; bob, who may be without progress for 6 s, is let in after it."""
+    server = Besieged(tmp_path / "server", ("alice", "bob"), pushes=1)
+    server.start()
+
+    async def main():
+        alice, bob = (Device(server, name, manifest=LARGE, units=2, chunk=CHUNK) for name in ("alice", "bob"))
+        under_way, turned_away = asyncio.Event(), []
+
+        async def slowly(assignment, device):
+            data = device.honest(assignment)
+            step = -(-len(data) // 12)
+
+            async def pieces():
+                yield objects_pb2.PushMessage(header=serde.ready_to_pb(ready_for(assignment.key, data), 0))
+                for begin in range(0, len(data), step):
+                    yield objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=data[begin : begin + step]))
+                    under_way.set()
+                    await asyncio.sleep(0.75)
+
+            async with server.channel("alice") as channel:
+                await objects_pb2_grpc.ObjectsStub(channel).Push(pieces(), timeout=60)
+            return data
+
+        async def patiently(assignment, device):
+            data = device.honest(assignment)
+            path = tmp_path / "update"
+            path.write_bytes(data)
+            await under_way.wait()
+            connection, began = Connection(server.devices / "bob", server.address), time.monotonic()
+            try:
+                await Transfer(connection).push(ready_for(assignment.key, data), path)
+            finally:
+                await connection.close()
+                turned_away.append(time.monotonic() - began)
+            return data
+
+        alice.make, bob.make = slowly, patiently
+        run = await server.begin(
+            run_toml(lora_rank=64, rounds=1, final_evaluation=False, progress_timeout_seconds=6.0), LARGE
+        )  # fmt: skip
+        async with asyncio.timeout(60):
+            await asyncio.gather(alice.live(), bob.live())
+        return await server.status(run), turned_away[0]
+
+    try:
+        status, waited = asyncio.run(main())
+        (only,) = status["history"]
+        assert only["weights"] == {"alice": 40, "bob": 40} and only["attempt"] == 1, only
+        assert waited > 7
+    finally:
+        server.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,71 @@ def test_a_file_longer_than_announced_begins_anew(store):
     arrival.path.write_bytes(b"abcdef")
     assert arrival.open() == 0
     arrival.close()
+
+
+def refuse_reading(monkeypatch):
+    """From now on nobody reads a file."""
+    whole = Path.open
+
+    def only_written(self, mode="r", *args, **kwargs):
+        assert "r" not in mode, "it was read again"
+        return whole(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", only_written)
+
+
+def test_what_came_in_part_is_read_once_however_often_a_push_begins_anew(store, tmp_path, monkeypatch):
+    first = arrive(store, b"abcdef")
+    first.write(b"abcd")
+    first.close()
+    again = ObjectStore(tmp_path)
+    arrive(again, b"abcdef").close()  # after a restart
+    with monkeypatch.context() as patch:
+        refuse_reading(patch)
+        for _ in range(3):
+            arrive(again, b"abcdef").close()
+        last = arrive(again, b"abcdef")
+        last.write(b"ef")
+        last.finish()
+    assert last.adopt() == ref_of(b"abcdef")
+
+
+def test_where_a_push_must_begin_is_known_without_reading(store, monkeypatch):
+    arrival = store.arrival("alice", ref_of(b"abcdef"))
+    assert arrival.expected == 0
+    arrival.path.write_bytes(b"abcd")
+    refuse_reading(monkeypatch)
+    assert arrival.expected == 4
+    longer = ObjectRef(ref_of(b"abcdef").digest, 3)
+    assert store.arrival("alice", longer).expected == 0
+
+
+@pytest.mark.parametrize("times", [False, True], ids=["times told", "times set back"])
+def test_a_bit_flipped_in_what_came_in_part_is_found(store, times):
+    arrival = arrive(store, b"abcdef")
+    arrival.write(b"abcd")
+    arrival.close()
+    before = arrival.path.stat()
+    time.sleep(0.02)
+    arrival.path.write_bytes(b"abce")
+    if times:
+        os.utime(arrival.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert arrival.open() == 4
+    arrival.write(b"ef")
+    with pytest.raises(DigestError, match="do not have the digest"):
+        arrival.finish()
+
+
+def test_a_write_that_was_not_whole_is_read_again(store):
+    arrival = arrive(store, b"abcdefgh")
+    arrival.write(b"ab")
+    arrival._file = Full(arrival._file, 3)
+    with pytest.raises(StorageError):
+        arrival.write(b"cdefgh")
+    arrival.close()
+    assert arrival.open() == 5
+    arrival.write(b"fgh")
+    arrival.finish()
 
 
 class Full:
