@@ -31,7 +31,7 @@ LASTING = 40
 
 UNSTEADY = (
     "/progress", "device.health.written", "worker.task.step", "server.fetch", "device.fetch", "server.object.arriv",
-    "server.object.discard", "server.object.folder", "server.sweep", "common",
+    "server.object.discard", "server.object.folder", "server.sweep", "common", "device.session.open",
 )  # fmt: skip
 """What a run passes more or less often, by its timing; the first time is certain."""
 
