@@ -50,6 +50,8 @@ def test_a_long_message_is_cut_to_fit_the_metadata_limit():
         (grpc.StatusCode.UNAVAILABLE, "Connection refused", UnreachableError, "h:1: can't be reached: Connection refused"),
         (grpc.StatusCode.UNAVAILABLE, "Ssl handshake failed: SSL_ERROR", IdentityError, "TLS handshake failed"),
         (grpc.StatusCode.UNAVAILABLE, "CERTIFICATE_VERIFY_FAILED", IdentityError, "TLS handshake failed"),
+        (grpc.StatusCode.UNAVAILABLE, "Handshake read failed (Connection reset by peer)", UnreachableError, "was cut"),
+        (grpc.StatusCode.UNAVAILABLE, "Handshake failed", IdentityError, "TLS handshake failed"),
         (grpc.StatusCode.DEADLINE_EXCEEDED, "", UnreachableError, "did not answer in time"),
         (grpc.StatusCode.PERMISSION_DENIED, "no", IdentityError, "h:1: no"),
         (grpc.StatusCode.UNKNOWN, "boom", FedPrunerError, "h:1: UNKNOWN: boom"),
