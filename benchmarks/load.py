@@ -299,6 +299,8 @@ def main() -> int:
     parser.add_argument("--joins", type=float, default=50.0, help="new connections a second at the start")
     parser.add_argument("--out", type=Path, default=Path("load.jsonl"), help="a sample a line, as they come")
     given = parser.parse_args()
+    if given.minutes < given.warm_up + 5:
+        parser.error(f"growth needs five whole minutes after the warm-up: --minutes {given.warm_up + 5:.0f} at least")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     console = Console(stderr=True)

@@ -79,7 +79,10 @@ async def stay_valid(connection: Connection, renewed: Callable[[], Awaitable[Non
             await sleep(delay)
         else:
             log.info("%s is renewed: valid until %s", path, _day(new))
-            await renewed()
+            try:
+                await renewed()
+            except Exception:
+                log.warning("the session goes on with the old certificate until it ends", exc_info=True)
             if due(new).timestamp() > time.time():
                 failures = 0
                 continue

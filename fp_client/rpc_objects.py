@@ -198,6 +198,7 @@ class Transfer:
                         tries = again = 0
                     best, at = max(best, reply.offset), reply.offset
                     allowed(sent + ready.ref.size - reply.offset)
+                    broken.clear()
                     acked = await stub.Push(_pieces(ready, reply.offset, path, note, broken))
                     done = readable(acked, "answer to a push", self.connection.address)
                     fault("device.push.acked")

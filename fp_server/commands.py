@@ -45,7 +45,7 @@ class ProgressSeen:
 
 @dataclass(frozen=True)
 class NotReceived:
-    """A device wants to push, and the server's disk can't take it: the time is not the device's."""
+    """A device wants to push, and the server's disk, room or turns can't take it: the time is not the device's."""
 
     device: str
     key: TaskKey

@@ -269,8 +269,13 @@ class Arrival:
 
     @property
     def offset(self) -> int:
-        """How many bytes have arrived."""
-        return self.path.stat().st_size if self.path.exists() else 0
+        """How many bytes have arrived. Raises StorageError."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise storage_error(self.path, error) from None
 
     @property
     def expected(self) -> int:

@@ -167,6 +167,32 @@ def test_a_clock_that_is_ahead_does_not_make_it_ask_again_and_again(tmp_path, ca
     assert "is the clock ahead?" in caplog.text
 
 
+def test_a_session_that_can_not_be_opened_anew_does_not_end_renewal(tmp_path, caplog):
+    slept: list[float] = []
+    enough = asyncio.Event()
+
+    async def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 2:
+            enough.set()
+            await asyncio.Event().wait()
+
+    async def body(server):
+        async def broken():
+            raise RuntimeError("the stream is gone")
+
+        connection = Connection(tmp_path, server.address)
+        renewing = asyncio.create_task(renewal.stay_valid(connection, broken, sleep))
+        async with asyncio.timeout(20):
+            await enough.wait()
+        assert not renewing.done() and len(server.renewal.asked) == 1
+        renewing.cancel()
+        await connection.close()
+
+    against(tmp_path, body)
+    assert "the session goes on with the old certificate" in caplog.text and "the stream is gone" in caplog.text
+
+
 async def in_the_end(server, connection, before):
     """`stay_valid` until it has renewed, once; `before` hears the seconds of each sleep until then."""
     again = asyncio.Event()

@@ -158,8 +158,11 @@ class Fleet:
     def _await_server(self) -> None:
         """A device that finds no server tries again later: how often it opens a session, and whether it renews its certificate
         before the run ends, would be a matter of luck. Where the server's start is disturbed, the devices are there."""
-        patience = time.monotonic() + 5.0
-        while "serving localhost" not in self.log("server") and time.monotonic() < patience:
+        patience = time.monotonic() + LONGEST / 2
+        while "serving localhost" not in self.log("server"):
+            if time.monotonic() > patience:
+                self.problems.append("the server does not come to serve")
+                return
             time.sleep(0.02)
 
     def export(self) -> None:
