@@ -44,6 +44,8 @@ class RunMachine(RunState):
     def handle(self, happening: e.Event | Stimulus, now: float) -> list[Command]:
         """Take in one event or stimulus at time `now` (seconds); returns what must be done, in order."""
         out: list[Command] = []
+        if isinstance(happening, e.Event):
+            self.told_at = now
         match happening:
             case e.PlanReceived():
                 self.plans[happening.device] = happening
@@ -207,7 +209,8 @@ class RunMachine(RunState):
         self.idle_since = now
         if self.current is None:
             return
-        self.current.opened_at = min(self.current.opened_at, now)  # the clock may have been set back
+        # The time the server was down is not the round's, and how far the clock was set meanwhile is no time at all.
+        self.current.opened_at += now - self.told_at
         for device, member in self.current.members.items():
             member.progress_at = now  # silence while the server was down is not the device's
             if member.stage is Stage.CHOOSING:

@@ -33,6 +33,8 @@ class RunState:
         self.failures = 0
         """Failed attempts at the next round since the run was last resumed; `attempt` only ever grows within a round."""
         self.idle_since = 0.0
+        self.told_at = 0.0
+        """When its last event was."""
         self.current: Round | None = None
         self.evaluated: tuple[str, ...] = ()
         """The devices that measured the loss before the first round (`run.evaluation = "all"`)."""

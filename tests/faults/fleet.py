@@ -200,12 +200,12 @@ class Fleet:
 
     def _finished(self) -> bool:
         """By the server's own words; one that was killed just after the last event finds nothing to take up."""
-        said = self.log("server")
+        begun, said = self._begun(), self.log("server")  # in this order: the server says first that the run has begun
         if "run run finished" in said:
             return True
         latest = said[self._server_from :]
         going_on = "taken up again" in latest or "run run started" in latest
-        return self._begun() and "serving localhost" in latest and not going_on
+        return begun and "serving localhost" in latest and not going_on
 
     def _reap(self) -> None:
         for name, pid in list(self.pids.items()):
