@@ -141,41 +141,41 @@ def test_what_a_server_may_not_make_of_a_device(tmp_path, issue, said):
     against(tmp_path, body)
 
 
+class Sleeps:
+    """Takes no time to sleep, so many times; then it sleeps for good, and `enough` is set."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.seconds, self.enough = times, [], asyncio.Event()
+
+    async def __call__(self, seconds):
+        self.seconds.append(seconds)
+        if len(self.seconds) == self.times:
+            self.enough.set()
+            await asyncio.Event().wait()
+
+
 def test_a_clock_that_is_ahead_does_not_make_it_ask_again_and_again(tmp_path, caplog):
     """What it gets is due at once by its clock: it waits, longer each time, before it asks for another."""
-    slept: list[float] = []
-    enough = asyncio.Event()
-
-    async def sleep(seconds):
-        slept.append(seconds)
-        if len(slept) == 4:
-            enough.set()
-            await asyncio.Event().wait()
+    sleep = Sleeps(4)
 
     async def body(server):
         server.renewal.issue = lambda peer, key: server.ca.device(peer.name, key, valid=DUE)
         connection = Connection(tmp_path, server.address)
         renewing = asyncio.create_task(renewal.stay_valid(connection, lambda: asyncio.sleep(0), sleep))
         async with asyncio.timeout(20):
-            await enough.wait()
+            await sleep.enough.wait()
         renewing.cancel()
         await connection.close()
 
     with caplog.at_level(logging.WARNING):
         against(tmp_path, body)
+    slept = sleep.seconds
     assert all(30 <= seconds <= 3600 for seconds in slept) and max(slept) > 2 * slept[0], slept
     assert "is the clock ahead?" in caplog.text
 
 
 def test_a_session_that_can_not_be_opened_anew_does_not_end_renewal(tmp_path, caplog):
-    slept: list[float] = []
-    enough = asyncio.Event()
-
-    async def sleep(seconds):
-        slept.append(seconds)
-        if len(slept) == 2:
-            enough.set()
-            await asyncio.Event().wait()
+    sleep = Sleeps(2)
 
     async def body(server):
         async def broken():
@@ -184,7 +184,7 @@ def test_a_session_that_can_not_be_opened_anew_does_not_end_renewal(tmp_path, ca
         connection = Connection(tmp_path, server.address)
         renewing = asyncio.create_task(renewal.stay_valid(connection, broken, sleep))
         async with asyncio.timeout(20):
-            await enough.wait()
+            await sleep.enough.wait()
         assert not renewing.done() and len(server.renewal.asked) == 1
         renewing.cancel()
         await connection.close()

@@ -30,13 +30,19 @@ async def hold(quota, device, size):
         await asyncio.Event().wait()
 
 
+async def broken_off(quota):
+    """A push of alice's that is cancelled while its thread looks at the disk."""
+    taking = asyncio.create_task(hold(quota, "alice", 800))
+    await asyncio.to_thread(quota.looking.wait, 10)
+    taking.cancel()
+    return taking
+
+
 def test_a_push_that_is_broken_off_while_it_takes_its_room_gives_it_back(tmp_path):
     quota = SlowQuota(tmp_path, ServerLimits(arrival_bytes=1000, disk_reserve_bytes=0))
 
     async def body():
-        taking = asyncio.create_task(hold(quota, "alice", 800))
-        await asyncio.to_thread(quota.looking.wait, 10)
-        taking.cancel()
+        taking = await broken_off(quota)
         with pytest.raises(asyncio.CancelledError):
             await taking
         quota.go_on.set()  # and now the thread takes it
@@ -55,9 +61,7 @@ def test_what_is_left_of_a_broken_off_push_does_not_take_the_room_of_the_next_on
     quota = SlowQuota(tmp_path, ServerLimits(arrival_bytes=1000, disk_reserve_bytes=0))
 
     async def body():
-        taking = asyncio.create_task(hold(quota, "alice", 800))
-        await asyncio.to_thread(quota.looking.wait, 10)
-        taking.cancel()
+        taking = await broken_off(quota)
         again = asyncio.create_task(hold(quota, "alice", 800))
         await asyncio.sleep(0.1)
         quota.go_on.set()
