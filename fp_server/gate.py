@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +26,8 @@ from common.transport.tls import peer_of
 from common.transport.wire import abort
 from fp_server import limits as n
 from fp_server.hangup import Address, address_of, hang_up
+
+logger = logging.getLogger("fp_server")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -172,6 +175,11 @@ class Gate(grpc.aio.ServerInterceptor):
                 if context.code() == grpc.StatusCode.PERMISSION_DENIED:
                     self._refused(key, caller, address)
                 raise
+        except grpc.aio.InternalError as error:
+            # A write or the status failed before gRPC knew that the peer is gone. Where it knows first it cancels the call, which
+            # is nothing to report; nor is this order.
+            logger.debug("%s (%s): the call broke off: %s", key, context.peer(), error)
+            raise asyncio.CancelledError from error
         finally:
             if counted:
                 caller.calls[method] -= 1

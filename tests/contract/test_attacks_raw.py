@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
+import struct
 import time
 from collections import Counter
 
@@ -186,6 +188,20 @@ def test_a_device_that_reads_nothing_is_hung_up(server):
 
     under(server, attack)
     assert "has read nothing for 2 s; its connection is cut" in server.log()
+
+
+def test_devices_that_reset_what_is_being_written_to_them(server):
+    """It breaks off when the server may be about to cut it: a call that ended, with no traceback in the operator's log."""
+
+    def attack(port, identity):
+        many = [opened(port, server.devices / f"mallory-{n}", settings=b"\0\4\0\0\0\0") for n in range(12)]
+        time.sleep(1.7)
+        for stream in many:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() sends a reset
+            stream.close()
+            time.sleep(0.03)
+
+    under(server, attack)
 
 
 def test_a_frozen_device_is_found_out(server):

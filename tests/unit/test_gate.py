@@ -79,6 +79,16 @@ class Port:
         return self.cut
 
 
+class Gone(Call):
+    """A call whose peer is gone: nothing that is written gets through."""
+
+    async def read(self):
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+    async def abort(self, code, details, metadata=()):
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+
 @pytest.fixture
 def port(monkeypatch):
     return Port(monkeypatch)
@@ -165,5 +175,21 @@ def test_the_book_is_bounded(monkeypatch):
         assert len(port.gate._callers) <= 21 and len(book) <= 21 * CONNECTIONS_EACH
         assert len(book) == sum(len(caller.connections) for caller in port.gate._callers.values())
         assert all(one.caller.connections[address] is one for address, one in book.items())
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("headers", [(), (("x-large", "v" * 20_000),)], ids=["writing", "refusing"])
+def test_a_write_that_fails_because_the_peer_is_gone_is_a_call_that_was_cancelled(port, headers):
+    """Not an error of the server's: gRPC logs any other exception with its traceback."""
+
+    async def body():
+        call = Gone("alice", 1000)
+        call.invocation_metadata = lambda: headers
+        with pytest.raises(asyncio.CancelledError):
+            await port.serve(call)
+        caller = port.gate._callers["device 'alice'"]
+        assert not caller.calls.total() and not port.gate._under_way.total()
+        assert not any(one.under_way for one in caller.connections.values())
 
     asyncio.run(body())
