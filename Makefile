@@ -143,7 +143,7 @@ bench-quarter: $(STAMP) model ## Streamed and stitched training at 25 % of the b
 	$(BIN)/python benchmarks/quarter.py --shape llama2-7b --dir .cache/shapes
 	$(BIN)/python benchmarks/quarter.py --model $(MODEL) --rows 4 --length 128 --dtype float32 --quantization none --smallest
 
-bench-load: $(STAMP) ## A thousand devices on one server for three quarters of an hour: memory, descriptors, delivery times
+bench-load: $(STAMP) ## A thousand devices on one server for an hour or less: memory, descriptors, delivery times
 	@mkdir -p .cache
 	$(BIN)/python benchmarks/load.py --out .cache/load.jsonl
 

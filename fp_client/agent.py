@@ -329,7 +329,7 @@ class Agent:
     async def _push(self, task: Assignment, ready: UpdateReady) -> None:
         ready = replace(ready, metrics=self._policy.redact_metrics(ready.metrics))  # at the last moment: it may be an older one
         path, note = self._outbox.path(task.key.run), lambda done, total: self._note("push", done, total)
-        await self._transfer.push(ready, path, note, self._policy.check_upload)
+        await self._transfer.push(ready, path, note, self._policy.check_upload, self._guard.sent(task.key))
 
     async def _fetch(self, adapter: tuple[UnitObject, ...]) -> tuple[AdapterFile, ...]:
         total, done = sum(item.ref.size for item in adapter), 0

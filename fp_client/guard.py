@@ -14,6 +14,7 @@ from common.files import make_directory
 from common.types import Assignment, PlanReport, ProbeTask, RunSpec, TaskKey
 from fp_client import sanity
 from fp_client.policy import FILE, Policy
+from fp_client.rpc_objects import Sent
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class Guard:
         """Hour since the epoch -> tasks and plans begun in it."""
         self._rounds: dict[str, int] = {}
         """Run -> the latest round asked for, 0-based; the oldest run goes first."""
+        self._sent: dict[tuple[str, int], Sent] = {}
+        """(run, round) -> what was sent, in whatever attempts; of as many rounds as runs are remembered."""
         self._recall()
 
     def plan(self, spec: RunSpec) -> None:
@@ -50,6 +53,13 @@ class Guard:
         self.policy.check_assignment(task)
         sanity.check_assignment(spec, task, report)
         self._begin(task.key)
+
+    def sent(self, key: TaskKey) -> Sent:
+        """The account of a round's uploads, to be counted on; a restart of the daemon begins it anew."""
+        account = self._sent.setdefault((key.run, key.round), Sent())
+        while len(self._sent) > RUNS:
+            del self._sent[next(iter(self._sent))]
+        return account
 
     def _begin(self, key: TaskKey) -> None:
         latest = self._rounds.get(key.run, key.round)

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -54,6 +55,13 @@ AGAIN = 5
 
 OnBytes = Callable[[int, int], None]
 """(bytes done, bytes in all)."""
+
+
+@dataclass
+class Sent:
+    """Bytes of updates that were sent in a round, over all its pushes."""
+
+    bytes: int = 0
 
 
 class Transfer:
@@ -165,21 +173,22 @@ class Transfer:
 
     async def push(
         self, ready: UpdateReady, path: Path, progress: OnBytes = lambda done, total: None,
-        allowed: Callable[[int], None] = lambda sent: None,
+        allowed: Callable[[int], None] = lambda sent: None, sent: Sent | None = None,
     ) -> bool:  # fmt: skip
         """Push an update, going on from what the server has. True when it had been accepted before.
 
-        `allowed` is asked before each try about the bytes that will have been sent after it, those sent again included.
+        `allowed` is asked before each try about the bytes that will have been sent after it, those sent again included, and
+        those that `sent` brings from earlier pushes.
 
         Raises TooLate, AlreadyDone, UpdateRejected, NotFound, what `allowed` does, and after bounded tries UnreachableError,
         OffsetError, DigestError and the server's StorageError; StorageError when the update can't be read here.
         """
-        tries, again, best, sent, at = 0, 0, 0, 0, 0
+        tries, again, best, at, sent = 0, 0, 0, 0, sent or Sent()
         broken: list[Exception] = []
 
         def note(done: int, total: int) -> None:
-            nonlocal sent, at
-            sent, at = sent + done - at, done
+            nonlocal at
+            sent.bytes, at = sent.bytes + done - at, done
             progress(done, total)
 
         while True:
@@ -197,7 +206,7 @@ class Transfer:
                     if reply.offset >= best + wire.CHUNK:
                         tries = again = 0
                     best, at = max(best, reply.offset), reply.offset
-                    allowed(sent + ready.ref.size - reply.offset)
+                    allowed(sent.bytes + ready.ref.size - reply.offset)
                     broken.clear()
                     acked = await stub.Push(_pieces(ready, reply.offset, path, note, broken))
                     done = readable(acked, "answer to a push", self.connection.address)

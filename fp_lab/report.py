@@ -89,7 +89,8 @@ def markdown(
 
 def _reviews(results: Sequence[RowResults]) -> str:
     """Of the attackers' updates and the others': how many stood out, their mean cosine with the others, the largest size."""
-    heads = ["row", "attackers'", "stood out", "cosine", "size", "honest", "stood out", "cosine", "size"]
+    each = ["stood out", "cosine", "size", "largest module"]
+    heads = ["row", "attackers'", *each, "honest", *each]
     body = []
     for row in results:
         cells = [row.row.name]
@@ -98,13 +99,13 @@ def _reviews(results: Sequence[RowResults]) -> str:
                 one["review"] for line in row.lines() for name, one in line["devices"].items()
                 if "review" in one and (int(name[1:]) < row.row.attackers) is wanted
             ]  # fmt: skip
-            cosines, sizes = (_values(reviews, key) for key in ("agreement", "size"))
+            cosines, wholes, sizes = (_values(reviews, key) for key in ("agreement", "whole", "size"))
             cells += [str(len(reviews)), str(sum(one["outlier"] is not None for one in reviews))]
-            cells += [_spread(cosines, "{:+.4f}"), _spread(sizes, "{:.2f}")]
+            cells += [_spread(cosines, "{:+.4f}"), _spread(wholes, "{:.2f}"), _spread(sizes, "{:.2f}")]
         body.append(cells)
     return _table(heads, body) + (
         "\n\nUpdates over all rounds, least to most. Cosine: an update's mean over the modules shared with other devices. Size: "
-        "its largest module, in medians of the other devices'."
+        "the root mean square of its modules' norms, in medians of the other devices'; and the largest of them."
     )
 
 

@@ -25,6 +25,7 @@ from common.files import sync_directory
 from common.pb import admin_pb2_grpc, enroll_pb2_grpc, objects_pb2_grpc, session_pb2_grpc
 from common.transport.tls import ServerCertificate, exposed, private_directory, write_private
 from common.transport.wire import SERVER_OPTIONS, options
+from fp_server import broken_calls
 from fp_server.access import Access
 from fp_server.admin import Admin, Enrollment, Renewal
 from fp_server.certificates import create_authority
@@ -148,19 +149,18 @@ async def _stay_valid(directory: Path, own: OwnCertificates) -> None:
             logger.error("certificates could not be looked after, trying again in an hour: %s", error)
 
 
-def _servers(limits: ServerLimits) -> tuple[grpc.aio.Server, grpc.aio.Server]:
+def _servers(limits: ServerLimits, main_gate: Gate, enroll_gate: Gate) -> tuple[grpc.aio.Server, grpc.aio.Server]:
     """The main and the enrollment server, each behind its gate."""
     bounds = options(
         SERVER_OPTIONS, max_concurrent_streams=STREAMS, absolute_max_metadata_size=METADATA, max_metadata_size=METADATA // 2,
         server_handshake_timeout_ms=int(HANDSHAKE_SECONDS * 1000), max_connection_idle_ms=int(IDLE_SECONDS * 1000),
     )  # fmt: skip
-    complaints = Complaints()
     main = grpc.aio.server(
-        interceptors=[Gate(main_rules(), limits, complaints)],
+        interceptors=[main_gate],
         options=options(bounds, max_allowed_incoming_connections=raise_descriptors(limits), max_receive_message_length=MESSAGE),
     )
     enroll = grpc.aio.server(
-        interceptors=[Gate(enroll_rules(limits), limits, complaints)],
+        interceptors=[enroll_gate],
         options=options(
             bounds, max_allowed_incoming_connections=limits.enroll_connections, max_receive_message_length=ENROLL_MESSAGE
         ),
@@ -191,6 +191,7 @@ def _when_told_to_stop(grace: float) -> asyncio.Event:
 
 async def _serve(directory: Path, config: ServerConfig, database: Database) -> None:
     stopping = _when_told_to_stop(config.grace_seconds)
+    broken_calls.install()
     store, own = ObjectStore(directory), OwnCertificates(directory, database)
     authority = Authority(directory, database, config.limits.tokens)
     store.clear_scratch()
@@ -201,12 +202,15 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     access = Access(authority)
     coordinator = Coordinator(config, EventLog(database), store)
     certificate = ServerCertificate(directory)
-    main, enroll = _servers(config.limits)
+    objects, complaints = Objects(coordinator, access), Complaints()
+    main_gate = Gate(main_rules(), config.limits, complaints, objects.no_turn)
+    enroll_gate = Gate(enroll_rules(config.limits), config.limits, complaints)
+    main, enroll = _servers(config.limits, main_gate, enroll_gate)
     port = _bind(main, host_port(config.listen, config.port), certificate.credentials(clients=True))
     enroll_port = _bind(enroll, host_port(config.listen, config.enroll_port), certificate.credentials(clients=False))
-    name = config.names[0]
+    main_gate.port, enroll_gate.port, name = port, enroll_port, config.names[0]
     session_pb2_grpc.add_SessionsServicer_to_server(Sessions(coordinator, access), main)
-    objects_pb2_grpc.add_ObjectsServicer_to_server(Objects(coordinator, access), main)
+    objects_pb2_grpc.add_ObjectsServicer_to_server(objects, main)
     admin_pb2_grpc.add_AdminServicer_to_server(
         Admin(coordinator, access, host_port(name, enroll_port), host_port(name, port)), main
     )

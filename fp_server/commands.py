@@ -45,7 +45,7 @@ class ProgressSeen:
 
 @dataclass(frozen=True)
 class NotReceived:
-    """A device wants to push, and the server's disk, room or turns can't take it: the time is not the device's."""
+    """A device wants to push or fetch, and the server's disk, room or turns can't take it: the time is not the device's."""
 
     device: str
     key: TaskKey
@@ -61,6 +61,9 @@ class PlanConfirmed:
 @dataclass(frozen=True)
 class Recovered:
     """The log has been folded again: say what is outstanding."""
+
+    elapsed: float | None = None
+    """Seconds that the round under way had lasted, where that is known better than from its last event."""
 
 
 Stimulus = Tick | Connected | Disconnected | ProgressSeen | NotReceived | PlanConfirmed | Recovered

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from common.bucket import Buckets
 from common.errors import FedPrunerError, InUseError, NotFound, StorageError, TooLate, UnreachableError
@@ -32,6 +32,7 @@ from fp_server.commands import (
     Tick,
 )
 from fp_server.config import ServerConfig
+from fp_server.elapsed import Elapsed
 from fp_server.keeping import Keeper
 from fp_server.ledger import LostUpdates
 from fp_server.limits import Complaints
@@ -76,6 +77,7 @@ class Coordinator(Archive):
         self.lock = asyncio.Lock()
         self.background = Background()
         self.keeper = Keeper(log, store, self.background, lambda: self.active, self.note)
+        self._elapsed = Elapsed(store.scratch.parent)
         self._bytes_down = 0
         self._failing_since: float | None = None
         """Since when the log can't be written, as far as that is not made up for yet."""
@@ -99,7 +101,8 @@ class Coordinator(Archive):
         fault("server.start.swept")
         if self.active is not None:
             logger.info("run %s taken up again: %s", self.active.name, self.active.phase)
-            await self.post(Recovered())
+            current = self.active.current
+            await self.post(Recovered(None if current is None else self._elapsed.of(current.opened.key)))
         self.background.spawn(self._tick())
         self.background.spawn(self.keeper.collect())
 
@@ -124,8 +127,14 @@ class Coordinator(Archive):
             try:
                 await self.look_at_log()
                 await self.post(Tick())
+                self._note_elapsed()
             except Exception:  # the clock must go on, whatever one tick ran into
                 logger.exception("a look at the clock failed")
+
+    def _note_elapsed(self) -> None:
+        if self.active is not None and (current := self.active.current) is not None:
+            now = self.clock()
+            self._elapsed.note(current.opened.key, now - current.opened_at, now)
 
     async def look_at_log(self) -> None:
         """Where the log could not be written: whether it can again, as nobody else may have anything to write."""
@@ -302,9 +311,13 @@ class Coordinator(Archive):
 
     async def insist(self, event: e.Event) -> None:
         """Post an event that must not be lost, waiting for disk space if need be."""
+        await self.until_stored(lambda: self.post(event))
+
+    async def until_stored(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Try a write again for as long as it raises StorageError."""
         while True:
             try:
-                return await self.post(event)
+                return await write()
             except StorageError:  # noted where it was met
                 await asyncio.sleep(AGAIN)
 

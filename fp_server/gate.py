@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,9 +26,8 @@ from common.transport.wire import abort
 from fp_server import limits as n
 from fp_server.hangup import Address, address_of, hang_up
 
-logger = logging.getLogger("fp_server")
-
 Context = grpc.aio.ServicerContext[Any, Any]
+PUSH, FETCH = "/fedpruner.v1.Objects/Push", "/fedpruner.v1.Objects/Fetch"
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,17 @@ class Connection:
 class Gate(grpc.aio.ServerInterceptor):
     """Admits, slows down, refuses and hangs up. One a port."""
 
-    def __init__(self, rules: Rules, limits: n.ServerLimits, complaints: n.Complaints) -> None:
-        self._rules, self._limits, self._complaints = rules, limits, complaints
+    def __init__(
+        self,
+        rules: Rules,
+        limits: n.ServerLimits,
+        complaints: n.Complaints,
+        no_fetch: Callable[[Context], Awaitable[None]] | None = None,
+    ) -> None:
+        """`no_fetch` is told of each fetch that found no turn."""
+        self._rules, self._limits, self._complaints, self._no_fetch = rules, limits, complaints, no_fetch
+        self.port: int | None = None
+        """The port it stands before, once that is known: no connection to another one is cut."""
         self._callers: OrderedDict[str, Caller] = OrderedDict()
         self._connections: dict[Address, Connection] = {}
         """Those of all callers. An address has one: who called from it last. Others' is not there to be cut any more."""
@@ -88,8 +95,8 @@ class Gate(grpc.aio.ServerInterceptor):
         self._in_all = None if rules.in_all is None else Bucket(rules.in_all, 10 * rules.in_all)
         self._under_way: Counter[str] = Counter()
         self._turns = {
-            "/fedpruner.v1.Objects/Push": asyncio.Semaphore(limits.pushes),
-            "/fedpruner.v1.Objects/Fetch": asyncio.Semaphore(limits.fetches),
+            PUSH: asyncio.Semaphore(limits.pushes),
+            FETCH: asyncio.Semaphore(limits.fetches),
         }
         self._cutting: set[asyncio.Task[bool]] = set()
 
@@ -157,14 +164,14 @@ class Gate(grpc.aio.ServerInterceptor):
         connection, counted = None, False
         try:
             try:
-                connection = self._connected(key, caller, address)
+                connection = self._connected(key, caller, address, operator)
                 self._check_headers(context, caller, address)
                 self._check_room(key, caller, method, operator)
                 caller.calls[method] += 1
                 self._under_way[method] += 1
                 counted = True
                 await self._pace(key, method)
-                async with self._turn(method):
+                async with self._turn(method, context):
                     yield
             except FedPrunerError as error:
                 if isinstance(error, LimitError):
@@ -175,11 +182,6 @@ class Gate(grpc.aio.ServerInterceptor):
                 if context.code() == grpc.StatusCode.PERMISSION_DENIED:
                     self._refused(key, caller, address)
                 raise
-        except grpc.aio.InternalError as error:
-            # A write or the status failed before gRPC knew that the peer is gone. Where it knows first it cancels the call, which
-            # is nothing to report; nor is this order.
-            logger.debug("%s (%s): the call broke off: %s", key, context.peer(), error)
-            raise asyncio.CancelledError from error
         finally:
             if counted:
                 caller.calls[method] -= 1
@@ -219,7 +221,7 @@ class Gate(grpc.aio.ServerInterceptor):
             await asyncio.sleep(wait)
 
     @contextlib.asynccontextmanager
-    async def _turn(self, method: str) -> AsyncIterator[None]:
+    async def _turn(self, method: str, context: Context) -> AsyncIterator[None]:
         turns = self._turns.get(method)
         if turns is None:
             yield
@@ -228,6 +230,8 @@ class Gate(grpc.aio.ServerInterceptor):
             async with asyncio.timeout(n.WAIT_SECONDS):
                 await turns.acquire()
         except TimeoutError:
+            if method == FETCH and self._no_fetch is not None:
+                await self._no_fetch(context)
             name = method.rpartition("/")[2].lower()
             raise LimitError(f"as many {name}es as this server takes at a time are under way; try again later") from None
         try:
@@ -237,7 +241,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
     # -- connections -----------------------------------------------------------------------------
 
-    def _connected(self, key: str, caller: Caller, address: Address | None) -> Connection | None:
+    def _connected(self, key: str, caller: Caller, address: Address | None, operator: bool) -> Connection | None:
         """Note which connection a caller uses; with too many the one longest unused is cut, or this one."""
         if address is None:
             return None
@@ -247,12 +251,13 @@ class Gate(grpc.aio.ServerInterceptor):
                 del connection.caller.connections[address]
             connection = self._connections[address] = caller.connections[address] = Connection(caller)
         caller.connections.move_to_end(address)
-        if len(caller.connections) > self._rules.connections:
+        most = n.OPERATOR_AT_ONCE if operator else self._rules.connections  # each command of an operator's is one
+        if len(caller.connections) > most:
             unused = next((known for known, one in caller.connections.items() if not one.under_way and known != address), None)
             self._forget(caller, unused or address)
             self._cut(caller, unused or address)
             if unused is None:
-                raise LimitError(f"{key} uses {self._rules.connections} connections already; this one is cut")
+                raise LimitError(f"{key} uses {most} connections already; this one is cut")
         connection.under_way += 1
         return connection
 
@@ -282,7 +287,7 @@ class Gate(grpc.aio.ServerInterceptor):
         async def later() -> bool:
             await asyncio.sleep(0.05)  # so that the refusal itself gets out
             connection = self._connections.get(address)
-            return (connection is None or connection.caller is caller) and await asyncio.to_thread(hang_up, address)
+            return (connection is None or connection.caller is caller) and await asyncio.to_thread(hang_up, address, self.port)
 
         if len(self._cutting) < 64:
             task = asyncio.create_task(later())

@@ -27,8 +27,11 @@ def _plain(host: str) -> str:
     return host.removeprefix("::ffff:") if host.startswith("::ffff:") and "." in host else host
 
 
-def hang_up(peer: Address) -> bool:
-    """Shut down this process's socket with that peer; whether there was one. Only where there is a /proc (Linux)."""
+def hang_up(peer: Address, port: int | None = None) -> bool:
+    """Shut down this process's socket with that peer, on that port of ours or on any; whether there was one.
+
+    Only where there is a /proc (Linux). A peer may have one port of its own for two connections, to different ports here.
+    """
     try:
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
     except OSError:
@@ -40,8 +43,8 @@ def hang_up(peer: Address) -> bool:
             # A copy: gRPC may close its own at any moment, and the number may then be another file's.
             with socket.socket(fileno=os.dup(descriptor)) as connection:
                 if connection.family in (socket.AF_INET, socket.AF_INET6):
-                    host, port = connection.getpeername()[:2]
-                    if (_plain(host), port) == peer:
+                    host, theirs = connection.getpeername()[:2]
+                    if (_plain(host), theirs) == peer and port in (None, connection.getsockname()[1]):
                         connection.shutdown(socket.SHUT_RDWR)
                         return True
         except OSError:  # closed meanwhile, or not connected

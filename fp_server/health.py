@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common.errors import ConfigError, FedPrunerError, UnreachableError
+from common.errors import ConfigError, FedPrunerError, IdentityError, UnreachableError
 from common.transport.replies import serving
 from common.transport.tls import client_credentials
 from common.transport.wire import from_rpc_error
@@ -103,7 +103,12 @@ def check(directory: Path, timeout: float = TIMEOUT) -> Endpoint:
     """
     if (at := _written(directory)) is None:
         raise ConfigError(f"{directory / FILE}: missing or damaged; `fp-server run --dir {directory}` writes it")
-    _ask(host_port(at.host, at.port), client_credentials(directory, "operator"), timeout)
+    try:
+        _ask(host_port(at.host, at.port), client_credentials(directory, "operator"), timeout)
+    except IdentityError as error:
+        raise IdentityError(
+            f"{error} (it is asked as its operator; `fp-server operator --dir {directory}` makes another)"
+        ) from None
     _ask(host_port(at.host, at.enroll_port), grpc.ssl_channel_credentials((directory / "ca.pem").read_bytes()), timeout)
     return at
 

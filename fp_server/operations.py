@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-
-from common.errors import ConfigError, IdentityError, StorageError
+from common.errors import ConfigError, IdentityError
 from common.types import ModelManifest
 from fp_server import audit
 from fp_server import events as e
 from fp_server.audit import SERVER, Actor, Entry
 from fp_server.commands import Connected
 from fp_server.config import RunConfig
-from fp_server.coordinator import AGAIN, Coordinator
+from fp_server.coordinator import Coordinator
 from fp_server.limits import RUN_FILE
 from fp_server.log import Also
 from fp_server.narrate import tell
@@ -54,7 +52,7 @@ def _audited(actor: Actor, action: str, run: str) -> Also:
 
 async def control(coordinator: Coordinator, run: str, action: str, actor: Actor = SERVER) -> str:
     """``pause``, ``resume`` or ``stop`` a run; returns its phase. Raises NotFound or ConfigError."""
-    machine = coordinator.run(run)
+    machine = await coordinator.look_up(run)
     if machine.ended is not None:
         raise ConfigError(f"run {machine.name!r} has {machine.ended.outcome}; nothing to {action}")
     audited = _audited(actor, action, machine.name)
@@ -76,11 +74,7 @@ async def kick(coordinator: Coordinator, name: str) -> None:
     error = IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
     if (session := coordinator.sessions.get(name)) is not None:
         session.close(error)
-    while True:
-        try:
-            return await coordinator.background.whole(_leave_round(coordinator, name, error))
-        except StorageError:  # noted where it was met
-            await asyncio.sleep(AGAIN)
+    await coordinator.until_stored(lambda: coordinator.background.whole(_leave_round(coordinator, name, error)))
 
 
 async def _leave_round(coordinator: Coordinator, name: str, error: IdentityError) -> None:

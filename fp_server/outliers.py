@@ -3,7 +3,8 @@
 D_n = (α/r)·B_n·A_n less what device n started with, a product a module. Devices hold different units, so everything is
 compared over what two of them share, and combined over all of it:
 
-- **Size.** ‖D_n‖ of a module against the median of the other devices' (same module, whichever layers they hold).
+- **Size.** ‖D_n‖ of a module against the median of the other devices' (same module, whichever layers they hold), and the root
+  mean square of that over all modules: of honest updates a single module's varies, the whole's hardly.
 - **Direction.** cos(D_n, D_m) of every module that n shares with a device m. LoRA's random A makes the cosines of honest
   devices small, but not negative; a device is out when its mean cosine with the others is negative beyond chance, they
   agree among themselves, and it disagrees at least a quarter as much, with most of them.
@@ -57,20 +58,23 @@ class Score:
     """Mean cosine with them over all shared modules; None when it shares none."""
     size: float | None
     """Its largest ‖D‖ of a module, in medians of the other devices'; None with fewer than two others."""
+    whole: float | None = None
+    """The root mean square of that over its modules."""
 
 
-def judge(modules: Sequence[Shared], max_ratio: float) -> tuple[dict[str, Score], dict[str, str]]:
+def judge(modules: Sequence[Shared], max_ratio: float, max_whole: float) -> tuple[dict[str, Score], dict[str, str]]:
     """Device -> score, with everybody counted; device -> why it is an outlier, in the order they were found.
 
-    `max_ratio`: how many times the others' median a module may move. What moved too far is taken out first, the furthest
-    first. Then whoever agrees least with the rest is put aside, as long as somebody's mean cosine is negative; and each of
-    these is held against those that remained, so that several who turned their update round don't hide one another.
+    `max_ratio`: how many times the others' median a module may move, `max_whole`: all of them, root mean square. What moved
+    too far is taken out first, the furthest first. Then whoever agrees least with the rest is put aside, as long as
+    somebody's mean cosine is negative; and each of these is held against those that remained, so that several who turned
+    their update round don't hide one another.
     """
     panel = _Panel(modules)
     scores = panel.scores()
     outliers: dict[str, str] = {}
     most = (len(panel.devices) - 1) // 2
-    while len(outliers) < most and (found := panel.largest(max_ratio)) is not None:
+    while len(outliers) < most and (found := panel.largest(max_ratio, max_whole)) is not None:
         outliers[panel.devices[found[0]]] = found[1]
         panel.active[found[0]] = False
     aside = panel.minority()
@@ -105,7 +109,7 @@ class _Panel:
     # -- size ------------------------------------------------------------------------------------
 
     def _ratios(self) -> Float64:
-        """(K, n): each norm in medians of the others'; NaN where fewer than two others hold such a module."""
+        """(K, n): each norm in (upper) medians of the others'; NaN where fewer than two others hold such a module."""
         ratios = np.full(self.norms.shape, np.nan)
         for name in sorted(set(self.names)):
             rows = [k for k, other in enumerate(self.names) if other == name]
@@ -114,15 +118,25 @@ class _Panel:
             for n in range(len(self.devices)):
                 others = np.delete(typical, n)
                 others = others[~np.isnan(others)]
-                if len(others) >= 2 and (middle := float(np.median(others))) > 0:
+                # Of two in the middle the larger: who moves by nothing must not make an honest one look twice as large.
+                if len(others) >= 2 and (middle := float(np.sort(others)[len(others) // 2])) > 0:
                     ratios[rows, n] = mine[:, n] / middle
         return ratios
 
-    def largest(self, max_ratio: float) -> tuple[int, str] | None:
-        """The device whose update moved furthest beyond the bound, and what to say of it."""
-        ratios = np.where(self.active, np.nan_to_num(self._ratios(), nan=0.0), 0.0)
-        if not ratios.size or float(ratios.max()) <= max_ratio:
+    def largest(self, max_ratio: float, max_whole: float) -> tuple[int, str] | None:
+        """The device whose update moved furthest beyond a bound, and what to say of it: a module's first, then the whole's."""
+        known = np.where(self.active, self._ratios(), np.nan)
+        ratios, wholes = np.nan_to_num(known, nan=0.0), np.nan_to_num(_wholes(known), nan=0.0)
+        if not ratios.size:
             return None
+        if float(ratios.max()) <= max_ratio:
+            furthest = int(wholes.argmax())
+            if float(wholes[furthest]) <= max_whole:
+                return None
+            return furthest, (
+                f"its modules moved {wholes[furthest]:.1f} times as far as the other devices' do (root mean square, in medians), "
+                f"at most {max_whole:g} counts"
+            )
         k, n = np.unravel_index(int(ratios.argmax()), ratios.shape)
         reason = (
             f"a {self.names[k]} moved {ratios[k, n]:.1f} times as far as the other devices' do (median), "
@@ -183,12 +197,20 @@ class _Panel:
     def scores(self) -> dict[str, Score]:
         """Every device's, as things stand."""
         means, pairs, ratios = self._means(), self._pairs(), self._ratios()
+        wholes = _wholes(ratios)
         found: dict[str, Score] = {}
         for n, device in enumerate(self.devices):
             mine, sizes = _known(pairs[n]), _known(ratios[:, n])
             agreement = float(means[n]) if len(mine) else None
-            found[device] = Score(len(mine), int((mine < 0).sum()), agreement, float(sizes.max()) if len(sizes) else None)
+            size, whole = (float(sizes.max()), float(wholes[n])) if len(sizes) else (None, None)
+            found[device] = Score(len(mine), int((mine < 0).sum()), agreement, size, whole)
         return found
+
+
+def _wholes(ratios: Float64) -> Float64:
+    """(n,): the root mean square of each column of (K, n); NaN where it has no value."""
+    counts = (~np.isnan(ratios)).sum(axis=0)
+    return np.where(counts > 0, np.sqrt(np.nansum(ratios**2, axis=0) / np.maximum(counts, 1)), np.nan)
 
 
 def _known(values: Float64) -> Float64:

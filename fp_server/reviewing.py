@@ -42,7 +42,7 @@ def review_round(machine: RunMachine, store: ObjectStore, key: TaskKey) -> e.Upd
     outliers: dict[str, str] = {}
     for index in range(panels):
         panel = {device: store.path(accepted[device]) for device in sorted(order[index::panels])}
-        found = judge(_shared(machine, store, key, panel), config.limits.max_norm_ratio)
+        found = judge(_shared(machine, store, key, panel), config.limits.max_norm_ratio, config.limits.max_update_ratio)
         scores, outliers = scores | found[0], outliers | found[1]
     fault("server.review.after")
     return e.UpdatesReviewed(

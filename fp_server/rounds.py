@@ -99,7 +99,7 @@ class RunMachine(RunState):
                 if (member := self._member(happening.device, happening.key)) is not None:
                     member.progress_at = now
             case Recovered():
-                self._on_recovered(now, out)
+                self._on_recovered(happening.elapsed, now, out)
             case Tick() | e.RunStarted():
                 pass
         out.extend(decide(self, now))
@@ -205,12 +205,12 @@ class RunMachine(RunState):
             return
         count(self.config, member, seen, now, sum(ref.size for ref in self.broadcast.values()))
 
-    def _on_recovered(self, now: float, out: list[Command]) -> None:
+    def _on_recovered(self, elapsed: float | None, now: float, out: list[Command]) -> None:
         self.idle_since = now
         if self.current is None:
             return
         # The time the server was down is not the round's, and how far the clock was set meanwhile is no time at all.
-        self.current.opened_at += now - self.told_at
+        self.current.opened_at = now - (self.told_at - self.current.opened_at if elapsed is None else elapsed)
         for device, member in self.current.members.items():
             member.progress_at = now  # silence while the server was down is not the device's
             if member.stage is Stage.CHOOSING:

@@ -14,6 +14,7 @@ from common.bucket import Buckets
 from common.errors import (
     AlreadyDone,
     FedPrunerError,
+    IdentityError,
     LimitError,
     NotFound,
     OffsetError,
@@ -149,8 +150,15 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                     del self._pushing[peer.name]
         raise AssertionError("unreachable")
 
+    async def no_turn(self, context: Context) -> None:
+        """A device could not fetch because of what others fetch."""
+        with contextlib.suppress(IdentityError):
+            device = self._access.caller(context, "Fetch", "device").name
+            if (machine := self._coordinator.active) is not None and (current := machine.current) is not None:
+                await self._waiting(device, current.opened.key)
+
     async def _waiting(self, device: str, key: TaskKey) -> None:
-        """A device wants to push, and the server can't take it: that time is not the device's, within the round's hard limit."""
+        """A device wants to push or fetch, and the server can't: that time is not the device's, within the round's hard limit."""
         if self._waits.allow(device, time.monotonic()):
             await self._coordinator.post(c.NotReceived(device, key))
 

@@ -6,6 +6,7 @@ back an event. The same state gives the same event, so a restart simply does the
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,11 +47,12 @@ def started_config(event: e.RunStarted, source: str) -> RunConfig:
     config = check(event.config, RunConfig, source) if event.config else parse_run(event.toml, source)
     # Before there were others, groups were of any size; before updates were compared, every valid one counted.
     config = _unless_said(_unless_said(config, "pruning", "group_sizes", "free"), "limits", "outliers", "off")
+    config = _unless_said(config, "limits", "max_update_ratio", math.inf)  # before, modules were judged one by one
     # Version 0.1 wrote no resolved configuration and knew submodels only.
     return config if event.config else _unless_said(config, "train", "gradient", Gradient.SUBMODEL)
 
 
-def _unless_said(config: RunConfig, section: str, key: str, value: str) -> RunConfig:
+def _unless_said(config: RunConfig, section: str, key: str, value: str | float) -> RunConfig:
     """The configuration with `value` where its file or event had nothing for `section.key`."""
     there = getattr(config, section)
     if key in there.model_fields_set:

@@ -73,12 +73,12 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> FedPrunerError:
     code, details = error.code(), error.details() or ""
     if code == grpc.StatusCode.UNAVAILABLE:
         words = details.lower()
-        spoke = "SSL" in details or "CERTIFICATE" in details
-        if not spoke and "handshake" in words and ("reset" in words or "closed" in words):  # nobody has looked at a certificate
+        spoke, shaking = "SSL" in details or "CERTIFICATE" in details, "handshake" in words
+        if not spoke and shaking and ("reset" in words or "closed" in words):  # nobody has looked at a certificate
             return UnreachableError(
                 f"{address}: the connection was cut in the TLS handshake, as by a server that just stops or is full: {details}"
             )
-        if spoke or "handshake" in words:
+        if spoke or shaking:
             return IdentityError(
                 f"{address}: the TLS handshake failed: {details}. Is this device's certificate from this server?"
             )

@@ -432,6 +432,13 @@ def test_an_update_is_not_sent_for_ever(tmp_path):
             assert failed.message == (
                 f"policy.toml: max_upload: the server asks for bytes of updates: {4 * size}, this device allows {3 * size}"
             )
+            # Nor are they forgotten with the task: the same round again, in this attempt or another.
+            for again in (KEY, replace(KEY, attempt=KEY.attempt + 1)):
+                pushes = server.objects.pushes
+                await device.hears("assignment", replace(assignment(), key=again))
+                failed = await server.sessions.next("failed")
+                assert failed.error == "PolicyError" and f"updates: {4 * size}" in failed.message
+                assert server.objects.pushes == pushes
             await device.hears("probe", probe_task())
             await server.sessions.next("probe")
 

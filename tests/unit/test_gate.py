@@ -11,8 +11,8 @@ import pytest
 
 from common.transport.tls import Peer
 from fp_server import gate as module
-from fp_server.gate import Gate, main_rules
-from fp_server.limits import CONNECTIONS_EACH, Complaints, ServerLimits
+from fp_server.gate import FETCH, Gate, main_rules
+from fp_server.limits import CONNECTIONS_EACH, OPERATOR_AT_ONCE, Complaints, ServerLimits
 
 HOST = "192.0.2.1"
 """One address before all devices, as of a NAT or a proxy."""
@@ -22,14 +22,14 @@ class Call:
     """A call's context: who calls, from which port, and how long the answer takes."""
 
     def __init__(self, name, port):
-        self.name, self.port, self.refusal = name, port, ""
+        self.name, self.port, self.role, self.refusal = name, port, "device", ""
         self.answered = asyncio.Event()
 
     def peer(self):
         return f"ipv4:{HOST}:{self.port}"
 
     def auth_context(self):
-        return {"name": [self.name]}
+        return {"name": [self.name], "role": [self.role]}
 
     def invocation_metadata(self):
         return ()
@@ -50,17 +50,17 @@ class Port:
 
     def __init__(self, monkeypatch, **limits):
         self.gate, self.cut = Gate(main_rules(), ServerLimits(**limits), Complaints()), []
-        monkeypatch.setattr(module, "peer_of", lambda auth: Peer("device", auth["name"][0]))
-        monkeypatch.setattr(module, "hang_up", lambda address: self.cut.append(address[1]) or True)
+        monkeypatch.setattr(module, "peer_of", lambda auth: Peer(auth["role"][0], auth["name"][0]))
+        monkeypatch.setattr(module, "hang_up", lambda address, port: self.cut.append(address[1]) or True)
 
-    async def serve(self, call):
+    async def serve(self, call, method="/fedpruner.v1.Objects/Offset"):
         async def behaviour(request, context):
             await context.answered.wait()
 
         async def continuation(details):
             return grpc.unary_unary_rpc_method_handler(behaviour)
 
-        handler = await self.gate.intercept_service(continuation, SimpleNamespace(method="/fedpruner.v1.Objects/Offset"))
+        handler = await self.gate.intercept_service(continuation, SimpleNamespace(method=method))
         try:
             await handler.stream_unary(None, call)
         except grpc.aio.AbortError:
@@ -77,16 +77,6 @@ class Port:
     async def hung_up(self):
         await asyncio.gather(*self.gate._cutting)
         return self.cut
-
-
-class Gone(Call):
-    """A call whose peer is gone: nothing that is written gets through."""
-
-    async def read(self):
-        raise grpc.aio.InternalError('Failed "execute_batch"')
-
-    async def abort(self, code, details, metadata=()):
-        raise grpc.aio.InternalError('Failed "execute_batch"')
 
 
 @pytest.fixture
@@ -179,17 +169,43 @@ def test_the_book_is_bounded(monkeypatch):
     asyncio.run(body())
 
 
-@pytest.mark.parametrize("headers", [(), (("x-large", "v" * 20_000),)], ids=["writing", "refusing"])
-def test_a_write_that_fails_because_the_peer_is_gone_is_a_call_that_was_cancelled(port, headers):
-    """Not an error of the server's: gRPC logs any other exception with its traceback."""
+def test_an_operator_may_have_as_many_connections_as_calls(port):
+    """Each command is one, and the health check of the machine another: they must not shut each other out."""
 
     async def body():
-        call = Gone("alice", 1000)
-        call.invocation_metadata = lambda: headers
-        with pytest.raises(asyncio.CancelledError):
-            await port.serve(call)
-        caller = port.gate._callers["device 'alice'"]
-        assert not caller.calls.total() and not port.gate._under_way.total()
-        assert not any(one.under_way for one in caller.connections.values())
+        calls = [Call("operator", 1000 + n) for n in range(OPERATOR_AT_ONCE + 1)]
+        for call in calls:
+            call.role = "operator"
+        working = [asyncio.create_task(port.serve(call)) for call in calls]
+        await asyncio.sleep(0.01)
+        assert [call.refusal for call in calls[:-1]] == [""] * OPERATOR_AT_ONCE
+        assert f"uses {OPERATOR_AT_ONCE} connections already" in calls[-1].refusal
+        assert await port.hung_up() == [calls[-1].port]
+        for call in calls:
+            call.answered.set()
+        await asyncio.gather(*working)
+
+    asyncio.run(body())
+
+
+def test_a_fetch_that_finds_no_turn_is_told_of(port, monkeypatch):
+    monkeypatch.setattr("fp_server.limits.WAIT_SECONDS", 0.05)
+    told = []
+
+    async def no_fetch(context):
+        told.append(context.name)
+
+    async def body():
+        gate = port.gate = Gate(main_rules(), ServerLimits(fetches=1), Complaints(), no_fetch)
+        first, second, other = Call("alice", 1000), Call("bob", 1001), Call("carol", 1002)
+        working = asyncio.create_task(port.serve(first, FETCH))
+        await asyncio.sleep(0.01)
+        await port.serve(second, FETCH)
+        assert "as many fetches" in second.refusal and told == ["bob"]
+        first.answered.set()
+        await working
+        other.answered.set()
+        await port.serve(other, FETCH)
+        assert not other.refusal and told == ["bob"] and not gate._under_way.total()
 
     asyncio.run(body())

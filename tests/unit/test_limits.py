@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import subprocess
@@ -114,6 +115,29 @@ def test_a_connection_can_be_cut_by_its_peer():
             assert hang_up(client.getsockname())
             assert client.recv(1) == b""
         assert not hang_up(("192.0.2.1", 1))
+
+
+def test_only_the_connection_to_the_port_that_is_meant_is_cut():
+    """One port of the peer's may be that of two connections, to different ports here."""
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for _ in range(2):
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            client.bind(sides[0][1].getsockname() if sides else ("127.0.0.1", 0))
+            client.connect(listening.getsockname())
+            stack.enter_context(listening.accept()[0])
+            sides.append((listening.getsockname()[1], client))
+        (first, one), (second, other) = sides
+        assert one.getsockname() == other.getsockname() and first != second
+        assert not hang_up(one.getsockname(), 1)
+        assert hang_up(other.getsockname(), second)
+        assert other.recv(1) == b""
+        one.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            one.recv(1)
 
 
 def test_the_limit_of_open_files_is_raised_and_said():

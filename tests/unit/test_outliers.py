@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import mean, median, stdev
+from statistics import mean, median, median_high, stdev
 
 import numpy as np
 import pytest
@@ -64,8 +64,8 @@ class Planted:
                     )
         return modules, dense
 
-    def found(self, max_ratio: float = 5.0) -> list[str]:
-        return sorted(judge(self.made()[0], max_ratio)[1])
+    def found(self, max_ratio: float = 5.0, max_whole: float = 2.0) -> list[str]:
+        return sorted(judge(self.made()[0], max_ratio, max_whole)[1])
 
 
 def times(factor: float) -> Callable[[Product], Product]:
@@ -112,8 +112,8 @@ def smaller_camp(dense: Dense, devices: Sequence[str]) -> list[str]:
     return list(camp)
 
 
-def twin(dense: Dense, max_ratio: float) -> tuple[dict[str, Score], dict[str, str]]:
-    """Scores, and what was found: device -> "size" or "direction"."""
+def twin(dense: Dense, max_ratio: float, max_whole: float) -> tuple[dict[str, Score], dict[str, str]]:
+    """Scores, and what was found: device -> "size", "whole" or "direction"."""
     left, found, most = sorted(dense), dict[str, str](), (len(dense) - 1) // 2
 
     def sizes(device: str) -> list[float]:
@@ -125,7 +125,7 @@ def twin(dense: Dense, max_ratio: float) -> tuple[dict[str, Score], dict[str, st
                 if other != device and norms:
                     others.append(median(norms))
             if len(others) >= 2:
-                ratios.append(float(np.linalg.norm(mine)) / median(others))
+                ratios.append(float(np.linalg.norm(mine)) / median_high(others))
         return ratios
 
     scores = {}
@@ -133,13 +133,20 @@ def twin(dense: Dense, max_ratio: float) -> tuple[dict[str, Score], dict[str, st
         pairs = [p for other in left if other != device and (p := pair(dense, device, other)) is not None]
         each, ratios = agreement(dense, device, left), sizes(device)
         scores[device] = Score(
-            len(pairs), sum(p < 0 for p in pairs), mean(each) if each else None, max(ratios) if ratios else None
+            len(pairs),
+            sum(p < 0 for p in pairs),
+            mean(each) if each else None,
+            max(ratios) if ratios else None,
+            math.sqrt(mean(x * x for x in ratios)) if ratios else None,
         )
     while len(found) < most:
-        device = max(left, key=lambda d: max(sizes(d), default=0.0))
+        device, kind = max(left, key=lambda d: max(sizes(d), default=0.0)), "size"
         if max(sizes(device), default=0.0) <= max_ratio:
-            break
-        found[device] = "size"
+            wholes = {d: math.sqrt(mean(x * x for x in each)) for d in left if (each := sizes(d))}
+            if not wholes or max(wholes.values()) <= max_whole:
+                break
+            device, kind = max(wholes, key=lambda d: wholes[d]), "whole"
+        found[device] = kind
         left.remove(device)
     aside = smaller_camp(dense, left)
     left = [device for device in left if device not in aside]
@@ -169,18 +176,22 @@ def near(x: float | None, y: float | None) -> bool:
         Planted(devices=2, layers=4, holds=2, seed=5, change=flipped(1)),
         Planted(devices=4, layers=4, holds=1, seed=6),
         Planted(devices=8, holds=4, seed=7, noise=0.5, change=flipped(0, 1, 5)),
+        Planted(devices=7, holds=5, seed=8, change=flipped(0, 3, factor=-2.5) | flipped(5, factor=3.0)),
+        Planted(devices=6, holds=12, seed=9, change=flipped(1, factor=1.8)),
     ],
 )
 def test_it_is_the_twins_rule(planted: Planted) -> None:
     modules, dense = planted.made()
-    scores, outliers = judge(modules, 5.0)
-    expected, found = twin(dense, 5.0)
+    scores, outliers = judge(modules, 5.0, 2.0)
+    expected, found = twin(dense, 5.0, 2.0)
     for device, score in expected.items():
         assert (scores[device].others, scores[device].against) == (score.others, score.against)
         assert near(scores[device].size, score.size) and near(scores[device].agreement, score.agreement)
+        assert near(scores[device].whole, score.whole)
     assert list(outliers) == list(found)
     for device, kind in found.items():
-        assert ("times as far" if kind == "size" else "points against the others") in outliers[device]
+        words = {"size": " moved ", "whole": "its modules moved", "direction": "points against the others"}
+        assert words[kind] in outliers[device] and (kind == "whole") == ("root mean square" in outliers[device])
 
 
 # -- honest devices ---------------------------------------------------------------------------------
@@ -197,7 +208,7 @@ def test_honest_devices_are_not_found_out_alike_or_not(noise: float, kinds: int,
 @pytest.mark.parametrize("holds", [12, 3])
 def test_devices_that_have_nothing_in_common_are_not_found_out(holds: int) -> None:
     """Noise alone: there is no majority to be against. Of 400 updates at most one is out by chance."""
-    out = sum(len(Planted(noise=1e4, holds=holds, seed=seed).found(1e9)) for seed in range(40))
+    out = sum(len(Planted(noise=1e4, holds=holds, seed=seed).found(1e9, 1e9)) for seed in range(40))
     assert out <= 1
 
 
@@ -241,7 +252,7 @@ def test_a_majority_decides_and_still_only_a_minority_is_out() -> None:
 def test_one_of_three_is_found_and_of_two_that_disagree_neither() -> None:
     assert Planted(devices=3, change=flipped(1)).found() == ["d1"]
     modules, _ = Planted(devices=2, change=flipped(1)).made()
-    scores, outliers = judge(modules, 5.0)
+    scores, outliers = judge(modules, 5.0, 2.0)
     assert not outliers and scores["d0"] == scores["d1"] and scores["d0"].agreement is not None
     assert scores["d0"].agreement < 0 and (scores["d0"].others, scores["d0"].against, scores["d0"].size) == (1, 1, None)
 
@@ -260,20 +271,45 @@ def test_units_with_two_holders_count_together_and_a_sole_holders_not_at_all() -
         for name in SHAPES:
             inner = inner_products(2, lambda n, these=products: reduced(these[n]))
             modules.append(Shared(name, tuple(f"d{n}" for n in sorted(pair_of)), inner + 1e-9 * rng.standard_normal()))
-    assert sorted(judge(modules, 5.0)[1]) == ["d3"]
+    assert sorted(judge(modules, 5.0, 2.0)[1]) == ["d3"]
     alone = [Shared(name, (f"d{n}",), np.array([[1.0]])) for n in range(4) for name in SHAPES]
-    scores, outliers = judge(alone, 5.0)
+    scores, outliers = judge(alone, 5.0, 2.0)
     assert not outliers and all(score.agreement is None and score.others == 0 for score in scores.values())
 
 
 @pytest.mark.parametrize("factor", [6.0, 1e6, -1e6])
 def test_an_update_that_moves_too_far_is_out_by_its_size(factor: float) -> None:
     modules, _ = Planted(change=flipped(5, factor=factor)).made()
-    scores, outliers = judge(modules, 5.0)
+    scores, outliers = judge(modules, 5.0, 2.0)
     assert list(outliers) == ["d5"] and "times as far as the other devices' do" in outliers["d5"]
     size = scores["d5"].size
     assert size is not None and size >= abs(factor) * 0.5
-    assert Planted(change=flipped(5, factor=abs(factor))).found(1e12) == [], "with room for it"
+    assert Planted(change=flipped(5, factor=abs(factor))).found(1e12, 1e12) == [], "with room for it"
+
+
+@pytest.mark.parametrize(("factor", "whole"), [(2.5, True), (-3.5, True), (1.3, False)])
+def test_a_whole_update_may_move_less_far_than_one_module(factor: float, whole: bool) -> None:
+    """Below what one module may, all of them together are too far; a little above the others' is nothing."""
+    modules, _ = Planted(change=flipped(5, factor=factor)).made()
+    scores, outliers = judge(modules, 5.0, 2.0)
+    size, mean_square = scores["d5"].size, scores["d5"].whole
+    assert size is not None and mean_square is not None and size < 5.0 and (mean_square > 2.0) is whole
+    assert list(outliers) == (["d5"] if whole else [])
+    if whole:
+        assert f"its modules moved {mean_square:.1f} times as far" in outliers["d5"] and "at most 2 counts" in outliers["d5"]
+        assert "root mean square" not in judge(modules, 5.0, 1e9)[1].get("d5", "")
+
+
+@pytest.mark.parametrize(("devices", "idle"), [(3, (0,)), (5, (0, 3)), (4, (1,)), (9, (0, 2, 5, 7))])
+def test_a_minority_that_hardly_moves_does_not_make_the_others_look_too_large(devices: int, idle: tuple[int, ...]) -> None:
+    for seed in range(5):
+        assert Planted(devices=devices, seed=seed, change=flipped(*idle, factor=1e-3)).found() == []
+
+
+@pytest.mark.parametrize(("devices", "large"), [(3, (0,)), (5, (0, 3)), (4, (1,)), (9, (0, 2, 5, 7))])
+def test_a_minority_that_moves_too_far_is_out_together(devices: int, large: tuple[int, ...]) -> None:
+    for seed in range(5):
+        assert Planted(devices=devices, seed=seed, change=flipped(*large, factor=3.0)).found() == [f"d{n}" for n in large]
 
 
 def test_one_module_too_large_is_enough_and_it_is_named() -> None:
@@ -283,7 +319,7 @@ def test_one_module_too_large_is_enough_and_it_is_named() -> None:
     inner[3, :] *= 40
     inner[:, 3] *= 40
     modules[place] = Shared("self_attn.v_proj", modules[place].devices, inner)
-    _, outliers = judge(modules, 5.0)
+    _, outliers = judge(modules, 5.0, 2.0)
     assert list(outliers) == ["d3"] and outliers["d3"].startswith("a self_attn.v_proj moved 4")
 
 
@@ -291,14 +327,14 @@ def test_a_sole_holder_of_a_layer_is_measured_by_the_module_in_other_layers() ->
     rng = np.random.default_rng(1)
     norms = {f"d{n}": 1 + 0.1 * rng.random() for n in range(4)} | {"d2": 30.0}
     modules = [Shared("q_proj", (device,), np.array([[norm**2]])) for device, norm in norms.items()]
-    assert list(judge(modules, 5.0)[1]) == ["d2"]
+    assert list(judge(modules, 5.0, 2.0)[1]) == ["d2"]
 
 
 def test_order_of_modules_and_devices_changes_nothing_but_rounding() -> None:
     modules, _ = Planted(holds=6, change=flipped(2, 7)).made()
     again = [Shared(m.module, m.devices[::-1], np.ascontiguousarray(m.inner[::-1, ::-1])) for m in reversed(modules)]
-    assert judge(modules, 5.0) == judge(list(modules), 5.0)
-    first, second = judge(modules, 5.0), judge(again, 5.0)
+    assert judge(modules, 5.0, 2.0) == judge(list(modules), 5.0, 2.0)
+    first, second = judge(modules, 5.0, 2.0), judge(again, 5.0, 2.0)
     assert list(first[1]) == list(second[1])
     for device, score in first[0].items():
         assert score.agreement == pytest.approx(second[0][device].agreement, rel=1e-9)
@@ -306,14 +342,14 @@ def test_order_of_modules_and_devices_changes_nothing_but_rounding() -> None:
 
 def test_who_did_nothing_to_a_module_agrees_with_nobody_there() -> None:
     modules, dense = Planted(change={1: times(0.0)}).made()
-    scores, outliers = judge(modules, 5.0)
-    assert not outliers and scores["d1"] == Score(0, 0, None, 0.0)
+    scores, outliers = judge(modules, 5.0, 2.0)
+    assert not outliers and scores["d1"] == Score(0, 0, None, 0.0, 0.0)
     del dense["d1"]
-    assert near(scores["d0"].agreement, twin(dense, 5.0)[0]["d0"].agreement)
+    assert near(scores["d0"].agreement, twin(dense, 5.0, 2.0)[0]["d0"].agreement)
 
 
 def test_nothing_to_judge() -> None:
-    assert judge([], 5.0) == ({}, {})
+    assert judge([], 5.0, 2.0) == ({}, {})
     zero = [Shared("q", ("a", "b", "c"), np.zeros((3, 3)))]
-    scores, outliers = judge(zero, 5.0)
+    scores, outliers = judge(zero, 5.0, 2.0)
     assert not outliers and scores["a"] == Score(0, 0, None, None)

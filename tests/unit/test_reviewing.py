@@ -56,7 +56,7 @@ def test_the_figures_are_those_of_what_each_device_did(tmp_path: Path, start: st
         blocks = run.train(GIVEN)
         assert starts
     event = review_round(run.machine, run.store, run.key)
-    scores, outliers = judge(twin(blocks, starts), 5.0)
+    scores, outliers = judge(twin(blocks, starts), 5.0, 2.0)
     assert event.outliers == outliers and event.reject and set(event.scores) == set("abc")
     for device, score in scores.items():
         mine = event.scores[device]

@@ -701,3 +701,22 @@ def test_the_hard_limit_does_not_count_the_time_the_server_was_down_or_the_clock
     assert not [x for x in again.handle(c.Tick(), begin + left - 1) if isinstance(x, c.Record)]
     ended = [x.event for x in again.handle(c.Tick(), begin + left + 1) if isinstance(x, c.Record)]
     assert [type(event) for event in ended] == [e.RoundClosed] and "time limit" in ended[0].reason
+
+
+def test_the_hard_limit_holds_however_often_the_server_is_started_anew():
+    """No event comes any more, and each time the server is up for 30 of 100 seconds."""
+    shell = opened(progress_timeout_seconds=1e6, round_limit_seconds=100.0)
+    at, elapsed, starts = 0.0, None, 0
+    while True:
+        again = RunMachine(shell.machine.config, MANIFEST)
+        for when, event in shell.log:
+            again.handle(event, when)
+        at += 5000.0
+        again.handle(c.Recovered(elapsed), at)
+        at += 30.0
+        starts += 1
+        ended = [x.event for x in again.handle(c.Tick(), at) if isinstance(x, c.Record)]
+        if ended:
+            break
+        elapsed = at - again.current.opened_at
+    assert starts == 4 and "time limit" in ended[0].reason

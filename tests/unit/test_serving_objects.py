@@ -282,7 +282,7 @@ def test_who_does_not_read_what_it_fetches_is_cut_whatever_the_rate(tmp_path, da
 
     async def body(objects, coordinator, key):
         call, loop = Deaf(), asyncio.get_running_loop()
-        monkeypatch.setattr(transfer, "hang_up", lambda address: loop.call_soon_threadsafe(call.cut.set))
+        monkeypatch.setattr(transfer, "hang_up", lambda address, port=None: loop.call_soon_threadsafe(call.cut.set))
         async with asyncio.timeout(5):
             await ask(objects.Fetch, objects_pb2.FetchRequest(digest=REF.digest, offset=0), call)
         assert call.cut.is_set()
@@ -300,7 +300,7 @@ def test_without_a_rate_any_progress_holds_a_fetchs_place(tmp_path, database, mo
 
     async def body(objects, coordinator, key):
         monkeypatch.setattr(transfer, "CHUNK", 50)
-        monkeypatch.setattr(transfer, "hang_up", lambda address: pytest.fail("it was cut"))
+        monkeypatch.setattr(transfer, "hang_up", lambda address, port=None: pytest.fail("it was cut"))
         monkeypatch.setattr(coordinator.active, "may_fetch", lambda device: {REF.digest})  # however long it takes
         call = Slow()
         assert await ask(objects.Fetch, objects_pb2.FetchRequest(digest=REF.digest, offset=0), call) == ""

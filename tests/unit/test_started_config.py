@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,14 @@ def test_in_a_log_of_before_updates_are_not_compared() -> None:
     del written["limits"]["outliers"]
     for old in (replace(event, config=json.dumps(written)), e.RunStarted("r", toml(), MANIFEST)):
         assert started_config(old, "test").limits.outliers == "off"
+
+
+def test_in_a_log_of_before_modules_are_judged_one_by_one() -> None:
+    config = parse_run(toml(), "test")
+    event = run_started(config, toml(), MANIFEST)
+    written = json.loads(event.config)
+    assert written["limits"].pop("max_update_ratio") == config.limits.max_update_ratio == 2.0
+    assert started_config(replace(event, config=json.dumps(written)), "test").limits.max_update_ratio == math.inf
 
 
 def test_what_was_pinned_and_can_not_be_read_is_named() -> None:

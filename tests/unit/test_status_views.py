@@ -205,11 +205,12 @@ def test_how_updates_compare_is_told_and_what_is_left_out_is_shown():
         shell.probe("a", "b")
         shell.assign("a", "b")
         shell.accept("a", "b")
-        scores = {"a": Score(2, 2, -0.25, 1.5), "b": Score(2, 1, 0.125, None)}
+        scores = {"a": Score(2, 2, -0.25, 1.5, 1.25), "b": Score(2, 1, 0.125, None)}
         shell.do(e.UpdatesReviewed("r", shell.key, scores, {"a": "it points elsewhere"}, reject))
         members = whole(shell.machine)["current"]["devices"]
         assert members["a"]["review"] == {
-            "others": 2, "against": 2, "agreement": -0.25, "size": 1.5, "outlier": "it points elsewhere", "rejected": reject,
+            "others": 2, "against": 2, "agreement": -0.25, "size": 1.5, "whole": 1.25,
+            "outlier": "it points elsewhere", "rejected": reject,
         }  # fmt: skip
         assert members["b"]["review"]["outlier"] is None and not members["b"]["review"]["rejected"]
         text = " ".join(shown(status_view(whole(shell.machine))).split())
