@@ -226,14 +226,16 @@ def test_what_was_compared_is_counted_for_attackers_and_the_others(tmp_path: Pat
     assert "compared" not in markdown(experiment, collect(experiment, tmp_path / "out"), [1], None)
     path = tmp_path / "out/jobs/a/seed-0/results.jsonl"
     first, line = [json.loads(text) for text in path.read_text().splitlines()]
-    figures = {"d00": (-0.01, 4.0, "why"), "d01": (0.002, 1.0, None), "d02": (0.004, 1.25, None), "d03": (None, None, None)}
+    figures = {"d00": (-0.01, 3.5, 4.0, "why"), "d01": (0.002, 0.9, 1.0, None), "d02": (0.004, 1.1, 1.25, None)}
+    figures["d03"] = (None, None, None, None)
     line["devices"] = {
-        name: {"review": {"agreement": agreement, "size": size, "outlier": outlier}}
-        for name, (agreement, size, outlier) in figures.items()
+        name: {"review": {"agreement": agreement, "whole": whole, "size": size, "outlier": outlier}}
+        for name, (agreement, whole, size, outlier) in figures.items()
     }
     path.write_text("".join(json.dumps(one) + "\n" for one in (first, line)))
     page = markdown(experiment, collect(experiment, tmp_path / "out"), [1], None)
-    assert "| a | 1 | 1 | -0.0100 to -0.0100 | 4.00 to 4.00 | 3 | 0 | +0.0020 to +0.0040 | 1.00 to 1.25 |" in page
+    attackers, others = "-0.0100 to -0.0100 | 3.50 to 3.50 | 4.00 to 4.00", "+0.0020 to +0.0040 | 0.90 to 1.10 | 1.00 to 1.25"
+    assert f"| a | 1 | 1 | {attackers} | 3 | 0 | {others} |" in page
 
 
 def test_fast_rounds_count_for_losses_and_bytes_alone(tmp_path: Path) -> None:
