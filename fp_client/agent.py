@@ -261,14 +261,18 @@ class Agent:
         beat = asyncio.create_task(self._beat(key))
         try:
             async with self._one:
-                spec = self._runs.get(key.run)
-                where = f"run {key.run}, {_named(spec, said)}"
-                log.info("%s: begins", where)
-                fault("device.task.begin", kind)
-                if isinstance(said, ProbeTask):
-                    await self._probe(spec, said)
-                else:
-                    await self._train(spec, said)
+                try:
+                    spec = self._runs.get(key.run)
+                    where = f"run {key.run}, {_named(spec, said)}"
+                    log.info("%s: begins", where)
+                    fault("device.task.begin", kind)
+                    if isinstance(said, ProbeTask):
+                        await self._probe(spec, said)
+                    else:
+                        await self._train(spec, said)
+                finally:  # from here on the same task, said again, is to be done again
+                    if self._said is said:
+                        self._said = None
                 self._worked = True
                 log.info("%s: done", where)
         except (TooLate, AlreadyDone) as error:

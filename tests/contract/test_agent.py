@@ -45,9 +45,11 @@ from common.types import (
     UnitObject,
     UpdateMetrics,
 )
+from fp_client import agent as agent_module
 from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
 from fp_client.messages import TrainResult
+from fp_client.plans import cancel
 from fp_client.policy import Policy
 from fp_client.rpc import Connection
 from fp_client.rpc_objects import Transfer
@@ -259,6 +261,41 @@ def test_a_task_sent_again_is_not_started_twice(tmp_path):
             device.work.gate.set()
             await device.until(lambda: server.objects.accepted)
             assert device.work.begun.count("train") == 1 and device.work.killed == 0
+
+    against(tmp_path, body)
+
+
+@pytest.mark.parametrize("error", [None, BudgetError("it does not fit")], ids=["done", "failed"])
+def test_a_task_sent_again_just_when_it_has_ended_is_done_again(tmp_path, monkeypatch, error):
+    """The server has its answer already, and may have lost it; the device is still tidying up."""
+    tidying, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(task):
+        if task.get_coro().__name__ == "_beat":
+            tidying.set()
+            await go_on.wait()
+        await cancel(task)
+
+    monkeypatch.setattr(agent_module, "cancel", slow)
+
+    async def body(server):
+        async with Device(server, tmp_path) as device:
+            await device.joins()
+            device.work.error = error
+            await device.hears("assignment", assignment())
+            await asyncio.wait_for(tidying.wait(), 10)
+            if error is not None:
+                await server.sessions.next("failed")
+            else:
+                assert server.objects.accepted
+                server.objects.accepted.clear()
+            await device.hears("assignment", assignment())
+            await asyncio.sleep(0.2)
+            go_on.set()
+            if error is not None:
+                await server.sessions.next("failed")
+            else:
+                await device.until(lambda: server.objects.accepted)
 
     against(tmp_path, body)
 
