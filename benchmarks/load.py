@@ -251,7 +251,7 @@ async def drive(given: argparse.Namespace, server: Server, names: list[str], con
         bar.reset(shown, total=given.minutes * 60, description="rounds")
         run = await server.begin(toml, MANIFEST)
         with given.out.open("w") as out:
-            while (time.monotonic() - warmed if warmed else 0.0) < given.minutes * 60 and not seen.errors:
+            while (spent := time.monotonic() - warmed if warmed else 0.0) < given.minutes * 60 and not seen.errors:
                 await asyncio.sleep(EVERY)
                 samples.append(look(process, begin, seen))
                 out.write(json.dumps(samples[-1]) + "\n")
@@ -260,7 +260,7 @@ async def drive(given: argparse.Namespace, server: Server, names: list[str], con
                 if not warmed and done >= given.warm_up:
                     warmed, warm = time.monotonic(), len(samples)
                 said = f"{done} rounds{'' if warmed else f' (warm-up: {given.warm_up})'}, {samples[-1]['rss'] / 2**20:.0f} MiB"
-                bar.update(shown, completed=time.monotonic() - warmed if warmed else 0, description=said)
+                bar.update(shown, completed=spent, description=said)
         rounds = (await server.status(run, last_rounds=1))["rounds_done"]
         seen.stopping = True
         async with server.admin() as admin:

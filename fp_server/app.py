@@ -208,7 +208,8 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     main, enroll = _servers(config.limits, main_gate, enroll_gate)
     port = _bind(main, host_port(config.listen, config.port), certificate.credentials(clients=True))
     enroll_port = _bind(enroll, host_port(config.listen, config.enroll_port), certificate.credentials(clients=False))
-    main_gate.port, enroll_gate.port, name = port, enroll_port, config.names[0]
+    main_gate.port, enroll_gate.port = port, enroll_port
+    name = config.names[0]
     session_pb2_grpc.add_SessionsServicer_to_server(Sessions(coordinator, access), main)
     objects_pb2_grpc.add_ObjectsServicer_to_server(objects, main)
     admin_pb2_grpc.add_AdminServicer_to_server(
