@@ -33,7 +33,7 @@ ASKING = 60.0
 """Seconds after which a process that asked goes on by itself."""
 
 DISK = frozenset({
-    "server.log.append.before", "server.log.append.written", "server.endpoint.written",
+    "server.log.append.before", "server.log.append.written", "server.endpoint.written", "server.elapsed.written",
     "server.object.arriving", "server.object.finished", "server.object.synced", "server.object.renamed", "server.object.discard",
     "server.aggregate.ledger", "server.aggregate.broadcast",
     "server.quarantine.before", "server.certificate.written", "server.operator.written",
@@ -52,6 +52,7 @@ POINTS: dict[str, str] = {
     "server.start.swept": "what a crash left in the store is gone; what was under way is taken up next",
     "server.start.listening": "the ports answer; endpoint.json is still the old one",
     "server.endpoint.written": "endpoint.json is written under a temporary name",
+    "server.elapsed.written": "how long the round has lasted is written and synced under a temporary name",
     "server.stop.draining": "SIGTERM was seen; sessions are about to be ended",
     "server.stop.closed": "the ports are closed, the log is not",
     # The server's log. /which: the event's kind.

@@ -127,14 +127,14 @@ class Coordinator(Archive):
             try:
                 await self.look_at_log()
                 await self.post(Tick())
-                self._note_elapsed()
+                await self._note_elapsed()
             except Exception:  # the clock must go on, whatever one tick ran into
                 logger.exception("a look at the clock failed")
 
-    def _note_elapsed(self) -> None:
-        if self.active is not None and (current := self.active.current) is not None:
-            now = self.clock()
-            self._elapsed.note(current.opened.key, now - current.opened_at, now)
+    async def _note_elapsed(self) -> None:
+        now = self.clock()
+        if self.active is not None and (current := self.active.current) is not None and self._elapsed.due(now):
+            await asyncio.to_thread(self._elapsed.note, current.opened.key, now - current.opened_at, now)
 
     async def look_at_log(self) -> None:
         """Where the log could not be written: whether it can again, as nobody else may have anything to write."""

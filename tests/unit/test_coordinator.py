@@ -517,3 +517,16 @@ def test_another_device_can_not_fill_the_log_with_plans(tmp_path, database):
         assert "b" in coordinator.active.plans
 
     with_coordinator(tmp_path, database, body)
+
+
+def test_the_loop_does_not_wait_for_the_note_of_a_rounds_time(tmp_path, database):
+    async def body(coordinator):
+        noted = []
+        coordinator._elapsed.note = lambda *given: noted.append(threading.current_thread())
+        await both_drawn(coordinator)
+        async with asyncio.timeout(10):
+            while not noted:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert threading.main_thread() not in noted
+
+    with_coordinator(tmp_path, database, body)
