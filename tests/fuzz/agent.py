@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from common.errors import (
 )
 from common.pb import session_pb2
 from common.transport.wire import Backoff
-from common.types import ObjectRef, PlanReport, ProbeReport, ProbeTask, RunSpec
+from common.types import ObjectRef, PlanReport, ProbeReport, ProbeTask, RunSpec, UpdateReady
 from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
 from fp_client.messages import TrainResult
 from fp_client.policy import Policy
 from fp_client.rpc import heard
+from fp_client.rpc_objects import OnBytes, Sent
 from fp_client.state import KEPT, Outbox, Runs
 from fuzz.base import METRICS, SPEC, message_of, shared_memory
 from fuzz.decoders import SERVER_MESSAGES
@@ -83,8 +85,10 @@ class FakeTransfer:
             raise self._source.of((NotFound("gone"), DigestError("other bytes")))
         target.write_bytes(b"x")  # noqa: ASYNC240
 
-    async def push(self, ready: Any, path: Path, progress: Any, allowed: Any) -> bool:
+    async def push(self, ready: UpdateReady, path: Path, progress: OnBytes, allowed: Callable[[int], None], sent: Sent) -> bool:
+        allowed(sent.bytes + ready.ref.size)
         await asyncio.sleep(0)
+        sent.bytes += ready.ref.size  # also where it fails: the account is of what has left the device
         if self._source.below(3) == 0:
             raise self._source.of((TooLate("late"), UnreachableError("away")))
         return False
@@ -162,8 +166,15 @@ def agent(data: bytes) -> None:
 
 
 def agent_seeds() -> list[bytes]:
-    """Each message as it is, one after the other."""
+    """Each message as it is, one after the other; and messages with the bytes that the work on them takes, so that it is done."""
     said = [bytes((3, 1, n, 0)) + bytes((20,)) for n in range(len(SERVER_MESSAGES))]
     none = bytes((4, 0, 255, 255, 255, 5))  # a message that doesn't decode, in the middle of a session
     orders = b"".join(said), b"".join(said[n] for n in (0, 1, 1, 2, 2, 3, 0, 2, 4)), b"".join(reversed(said))
-    return [*orders, said[0] + none + said[1] + none]
+    plan, probe, train, again, ended = (_done(n, works) for n, works in ((0, 3), (1, 4), (2, 4), (2, 1), (4, 0)))
+    whole = plan + probe + train + again + ended
+    return [*orders, said[0] + none + said[1] + none, whole, train * 2]
+
+
+def _done(number: int, works: int) -> bytes:
+    """A message, time for what it asks for, and a byte for each thing that could fail then. 2: it doesn't, whatever it is."""
+    return bytes((3, 1, number, 0, 29, *(2,) * works))

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ ASSIGNMENT = types.Assignment(
     UNITS,
     tuple((u,) for u in UNITS),
     ((1.0,),) * 3,
-    CONFIG.train_spec(MANIFEST, 1e-4, 7),
+    # The mode that `plan_report` offers: a device refuses a task that says "auto", as the run does.
+    replace(CONFIG.train_spec(MANIFEST, 1e-4, 7), gradient=types.Gradient.SUBMODEL),
     (types.UnitObject(2, REF),),
     1,
     True,

@@ -5,18 +5,24 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fp_client.agent import Work
+from fp_client.rpc import Session
+from fp_client.rpc_objects import Transfer
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "contract")]
 
-from fuzz.agent import agent, agent_seeds  # noqa: E402
+from fuzz.agent import FakeSession, FakeTransfer, FakeWork, agent, agent_seeds  # noqa: E402
 from fuzz.decoders import TARGETS, Target  # noqa: E402
 from fuzz.session import session, session_seeds  # noqa: E402
 
@@ -89,3 +95,26 @@ def test_a_whole_run_is_among_the_sessions_seeds(monkeypatch):
     for seed in session_seeds():
         session(seed)
     assert max(seen) >= 1
+
+
+def test_a_push_is_among_the_daemons_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the fuzzer would never see a device train and send what it trained."""
+    pushed = []
+    push = FakeTransfer.push
+
+    async def noted(self: FakeTransfer, *given: Any) -> bool:
+        pushed.append(given)
+        return await push(self, *given)
+
+    monkeypatch.setattr(FakeTransfer, "push", noted)
+    for seed in agent_seeds():
+        agent(seed)
+    assert pushed
+
+
+@pytest.mark.parametrize(("fake", "real"), [(FakeWork, Work), (FakeTransfer, Transfer), (FakeSession, Session)])
+def test_the_daemons_fakes_take_what_the_real_ones_take(fake: type, real: type) -> None:
+    """Else a call of the daemon's that is right would be a finding."""
+    for name, method in vars(fake).items():
+        if inspect.isfunction(method) and (name == "__aiter__" or not name.startswith("_")):
+            assert [*inspect.signature(method).parameters] == [*inspect.signature(getattr(real, name)).parameters], name
