@@ -55,6 +55,8 @@ MANIFEST = ModelManifest(
 """8 of 24 layers with four modules of 512 x 512 at rank 16: an update of 2 MiB."""
 EVERY = 2.0
 """Seconds between looks at the server."""
+ROUND_SECONDS = 120.0
+"""A warm-up whose rounds take longer than this is a server that stands still."""
 OVER = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
 """How a fetch and a push end whose task is over."""
 SLOPE = 1.0
@@ -250,6 +252,7 @@ async def drive(given: argparse.Namespace, server: Server, names: list[str], con
             await asyncio.sleep(0.5)
         bar.reset(shown, total=given.minutes * 60, description="rounds")
         run = await server.begin(toml, MANIFEST)
+        begun = time.monotonic()
         with given.out.open("w") as out:
             while (spent := time.monotonic() - warmed if warmed else 0.0) < given.minutes * 60 and not seen.errors:
                 await asyncio.sleep(EVERY)
@@ -259,6 +262,8 @@ async def drive(given: argparse.Namespace, server: Server, names: list[str], con
                 done = seen.pushed // given.per_round
                 if not warmed and done >= given.warm_up:
                     warmed, warm = time.monotonic(), len(samples)
+                if not warmed and time.monotonic() - begun > given.warm_up * ROUND_SECONDS:
+                    seen.errors.append(f"after {given.warm_up * ROUND_SECONDS:.0f} s there were {done} of {given.warm_up} rounds")
                 said = f"{done} rounds{'' if warmed else f' (warm-up: {given.warm_up})'}, {samples[-1]['rss'] / 2**20:.0f} MiB"
                 bar.update(shown, completed=spent, description=said)
         rounds = (await server.status(run, last_rounds=1))["rounds_done"]

@@ -208,9 +208,11 @@ async def _serve(directory: Path, config: ServerConfig, database: Database) -> N
     main, enroll = _servers(config.limits, main_gate, enroll_gate)
     port = _bind(main, host_port(config.listen, config.port), certificate.credentials(clients=True))
     enroll_port = _bind(enroll, host_port(config.listen, config.enroll_port), certificate.credentials(clients=False))
-    main_gate.port, enroll_gate.port = port, enroll_port
+    sessions = Sessions(coordinator, access)
+    main_gate.port = objects.port = sessions.port = port
+    enroll_gate.port = enroll_port
     name = config.names[0]
-    session_pb2_grpc.add_SessionsServicer_to_server(Sessions(coordinator, access), main)
+    session_pb2_grpc.add_SessionsServicer_to_server(sessions, main)
     objects_pb2_grpc.add_ObjectsServicer_to_server(objects, main)
     admin_pb2_grpc.add_AdminServicer_to_server(
         Admin(coordinator, access, host_port(name, enroll_port), host_port(name, port)), main

@@ -20,7 +20,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from common.bucket import Bucket, Buckets
-from common.errors import FedPrunerError, IdentityError, LimitError, ProtocolError
+from common.errors import FedPrunerError, IdentityError, LimitError, ProtocolError, UnreachableError
 from common.transport.tls import peer_of
 from common.transport.wire import abort
 from fp_server import limits as n
@@ -312,11 +312,11 @@ def _who(context: Context) -> tuple[str, bool]:
 
 
 async def _request(context: Context) -> Any:
-    """The one request of a call. Raises ProtocolError when it does not come in time."""
+    """The one request of a call. Raises UnreachableError when it does not come in time, ProtocolError when none comes."""
     try:
         request = await asyncio.wait_for(context.read(), n.HELLO_SECONDS)
     except TimeoutError:
-        raise ProtocolError(f"the request did not come within {n.HELLO_SECONDS:.0f} s") from None
+        raise UnreachableError(f"the request did not come within {n.HELLO_SECONDS:.0f} s") from None
     if request is grpc.aio.EOF:
         raise ProtocolError("the call ended without a request")
     return request

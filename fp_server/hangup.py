@@ -28,14 +28,16 @@ def _plain(host: str) -> str:
 
 
 def hang_up(peer: Address, port: int | None = None) -> bool:
-    """Shut down this process's socket with that peer, on that port of ours or on any; whether there was one.
+    """Shut down this process's sockets with that peer, on that port of ours or on any; whether there was one.
 
-    Only where there is a /proc (Linux). A peer may have one port of its own for two connections, to different ports here.
+    Only where there is a /proc (Linux). A peer may have one port of its own for two connections, to different ports here or to
+    different addresses of this machine: which of the latter gRPC means it does not say, so that both are cut.
     """
     try:
         descriptors = [int(name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
     except OSError:
         return False
+    found = False
     for descriptor in descriptors:
         try:
             if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
@@ -46,7 +48,7 @@ def hang_up(peer: Address, port: int | None = None) -> bool:
                     host, theirs = connection.getpeername()[:2]
                     if (_plain(host), theirs) == peer and port in (None, connection.getsockname()[1]):
                         connection.shutdown(socket.SHUT_RDWR)
-                        return True
+                        found = True
         except OSError:  # closed meanwhile, or not connected
             continue
-    return False
+    return found

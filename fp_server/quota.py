@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import threading
 from collections.abc import AsyncIterator
@@ -53,7 +54,7 @@ class Quota:
 
     def _check(self, device: str, size: int) -> None:
         try:
-            there = {one.name: sum(map(_size, one.iterdir())) for one in self._directory.iterdir()}
+            there = _arrived(self._directory)
             free = shutil.disk_usage(self._directory).free
         except OSError as error:
             raise storage_error(self._directory, error) from None
@@ -80,8 +81,14 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count} {'byte' if count == 1 else 'bytes'}"
 
 
-def _size(path: Path) -> int:
+def _arrived(directory: Path) -> dict[str, int]:
+    """Device -> bytes of it that are there. Whoever was ever drawn has a folder: thousands are looked through at each push."""
+    with os.scandir(directory) as folders:
+        return {folder.name: sum(map(_size, os.scandir(folder.path))) for folder in folders}
+
+
+def _size(entry: os.DirEntry[str]) -> int:
     try:
-        return path.stat().st_size
+        return entry.stat().st_size
     except FileNotFoundError:  # adopted or dropped meanwhile
         return 0

@@ -74,13 +74,20 @@ async def unreadable(coordinator: Coordinator, device: str, plan: bool, error: P
         await reject(coordinator, device, machine.current.opened.key, error)
 
 
+def awaits_probe(coordinator: Coordinator, device: str, key: TaskKey) -> bool:
+    """Whether such a probe is still to come. Asked before it is decoded: one that nobody waits for must cost no time."""
+    if not _expected(coordinator, device, key):
+        return False
+    current = coordinator.active.current if coordinator.active is not None else None
+    return current is not None and current.members[device].probe is None
+
+
 async def probe_reported(coordinator: Coordinator, device: str, r: ProbeReport) -> None:
     """A device's probe came in. Raises ProtocolError when its matrix is not the model's."""
     machine = coordinator.active
     if machine is None or r.key.run != machine.name:
         return
-    member = machine.current.members.get(device) if machine.current is not None else None
-    if member is None or machine.current is None or machine.current.opened.key != r.key or member.probe is not None:
+    if not awaits_probe(coordinator, device, r.key):
         return
     units = len(machine.units) if machine.similarity else 0
     if text := _probe_problem(r, units):

@@ -12,7 +12,7 @@ from typing import Any
 import grpc.aio
 
 from common.bucket import Bucket
-from common.errors import FedPrunerError, ProtocolError
+from common.errors import FedPrunerError, ProtocolError, UnreachableError
 from common.faults import fault
 from common.pb import session_pb2, session_pb2_grpc
 from common.transport import serde
@@ -38,12 +38,14 @@ class Sessions(session_pb2_grpc.SessionsServicer):
 
     def __init__(self, coordinator: Coordinator, access: Access) -> None:
         self._coordinator, self._access = coordinator, access
+        self.port: int | None = None
+        """The port it is served on, once that is known: no connection to another one is cut."""
 
     async def Open(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]  # noqa: N802
         """One device's session, for as long as it lasts."""
         async with errors_to_status(context), self._access.admitted(context, "Open", "device") as peer:
             await _expect_hello(context)
-            await _say(
+            await self._say(
                 peer.name, context, session_pb2.ServerMessage(welcome=session_pb2.Welcome(device=peer.name, version=VERSION))
             )
             session = Session(peer.name)
@@ -70,7 +72,7 @@ class Sessions(session_pb2_grpc.SessionsServicer):
                 message = _encode(command)
                 kind = message.WhichOneof("body") or ""
                 fault("server.session.say", kind)
-                await _say(session.device, context, message)
+                await self._say(session.device, context, message)
                 fault("server.session.said", kind)
         finally:
             if speaking is not None:
@@ -96,6 +98,8 @@ class Sessions(session_pb2_grpc.SessionsServicer):
                 case "plan":
                     act = reports.plan_reported(coordinator, device, serde.plan_report_from_pb(message.plan))
                 case "probe":
+                    if not reports.awaits_probe(coordinator, device, serde.key_from_pb(message.probe.key)):
+                        return
                     act = reports.probe_reported(coordinator, device, serde.probe_report_from_pb(message.probe))
                 case "progress":
                     act = reports.progressed(coordinator, device, serde.progress_from_pb(message.progress))
@@ -107,25 +111,24 @@ class Sessions(session_pb2_grpc.SessionsServicer):
             raise ProtocolError(f"unexpected message {kind or '(empty)'} in a session")
         await act
 
-
-async def _say(device: str, context: Context, message: session_pb2.ServerMessage) -> None:
-    """Say something. A device that does not read has its connection cut: an orderly end would wait for it, too."""
-    writing = asyncio.ensure_future(context.write(message))
-    try:
-        if not (await asyncio.wait({writing}, timeout=WRITE_SECONDS))[0]:
-            logger.warning("device %s has read nothing for %.0f s; its connection is cut", device, WRITE_SECONDS)
-            if (address := address_of(context.peer())) is not None:
-                await asyncio.to_thread(hang_up, address)
-        await writing
-    finally:
-        writing.cancel()
+    async def _say(self, device: str, context: Context, message: session_pb2.ServerMessage) -> None:
+        """Say something. A device that does not read has its connection cut: an orderly end would wait for it, too."""
+        writing = asyncio.ensure_future(context.write(message))
+        try:
+            if not (await asyncio.wait({writing}, timeout=WRITE_SECONDS))[0]:
+                logger.warning("device %s has read nothing for %.0f s; its connection is cut", device, WRITE_SECONDS)
+                if (address := address_of(context.peer())) is not None:
+                    await asyncio.to_thread(hang_up, address, self.port)
+            await writing
+        finally:
+            writing.cancel()
 
 
 async def _expect_hello(context: Context) -> None:
     try:
         first = await asyncio.wait_for(context.read(), HELLO_SECONDS)
     except TimeoutError:
-        raise ProtocolError(f"no Hello within {HELLO_SECONDS:.0f} s") from None
+        raise UnreachableError(f"no Hello within {HELLO_SECONDS:.0f} s") from None  # frozen, perhaps: it may try again
     if first is grpc.aio.EOF or first.WhichOneof("body") != "hello":
         raise ProtocolError("a session must begin with Hello")
     if first.hello.schema != serde.schema():

@@ -21,6 +21,7 @@ from common.errors import (
     ProtocolError,
     StorageError,
     TooLate,
+    UnreachableError,
     UpdateRejected,
 )
 from common.faults import fault
@@ -64,6 +65,8 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
 
     def __init__(self, coordinator: Coordinator, access: Access) -> None:
         self._coordinator, self._access = coordinator, access
+        self.port: int | None = None
+        """The port it is served on, once that is known: no connection to another one is cut."""
         self._pushing: dict[str, _Push] = {}
         self._under_way = 0
         """Pushes that have their turn, those included that give way to another of their device."""
@@ -92,7 +95,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                     raise TooLate(f"object {request.digest[:16]}… is not part of this device's task any more")
                 self._coordinator.fetched(len(chunk))
                 ends = ends + len(chunk) / rate if rate else time.monotonic() + patience  # 0: any progress counts
-                await _write(context, objects_pb2.Chunk(data=chunk), ends)
+                await _write(context, objects_pb2.Chunk(data=chunk), ends, self.port)
                 fault("server.fetch.chunk")
 
     async def Offset(self, request: objects_pb2.OffsetRequest, context: Context) -> objects_pb2.OffsetReply:  # noqa: N802
@@ -123,7 +126,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 try:
                     first = await asyncio.wait_for(context.read(), HELLO_SECONDS)
                 except TimeoutError:
-                    raise ProtocolError(f"no header within {HELLO_SECONDS:.0f} s") from None
+                    raise UnreachableError(f"no header within {HELLO_SECONDS:.0f} s") from None  # it may have been frozen
                 if first is grpc.aio.EOF or first.WhichOneof("body") != "header":
                     raise ProtocolError("a push must begin with its header")
                 ready = serde.ready_from_pb(first.header)
@@ -135,6 +138,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 return reply
             except StorageError as error:  # what has arrived is kept, and the device tries again
                 if wanted is not None:
+                    self._expected(peer.name, wanted)  # or the round has closed, and the file gone with it
                     await self._waiting(peer.name, wanted)
                 self._coordinator.note("objects", f"the update of {peer.name!r} can't be stored: {error}")
                 raise
@@ -261,14 +265,14 @@ async def _read(context: Context, expected: Callable[[], None]) -> Any:
         reading.cancel()
 
 
-async def _write(context: Context, message: Any, ends: float) -> None:
+async def _write(context: Context, message: Any, ends: float, port: int | None) -> None:
     """Send a message. A peer that has not read it by `ends`, of the monotonic clock, has its connection cut: an orderly end would
     wait for it, too."""
     writing = asyncio.ensure_future(context.write(message))
     try:
         timeout = max(0.0, ends - time.monotonic())
         if not (await asyncio.wait({writing}, timeout=timeout))[0] and (address := address_of(context.peer())) is not None:
-            await asyncio.to_thread(hang_up, address)
+            await asyncio.to_thread(hang_up, address, port)
         await writing
     finally:
         writing.cancel()

@@ -141,9 +141,9 @@ def _lloyd(points: Float64, centres: Float64, largest: int) -> tuple[float, Labe
     distances = _squared_distances(points, centres)
     labels = _assign(distances, largest)
     for _ in range(ITERATIONS):
-        for label in range(len(centres)):
-            if (labels == label).any():
-                centres[label] = points[labels == label].mean(axis=0)
+        order = np.argsort(labels, kind="stable")
+        used, begins, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+        centres[used] = np.add.reduceat(points[order], begins, axis=0) / sizes[:, None]
         distances = _squared_distances(points, centres)
         moved = _assign(distances, largest)
         if np.array_equal(moved, labels):

@@ -140,6 +140,22 @@ def test_only_the_connection_to_the_port_that_is_meant_is_cut():
             one.recv(1)
 
 
+def test_of_two_connections_from_one_port_to_one_port_none_is_left():
+    """To two addresses of this machine: gRPC does not say which of them it means."""
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("0.0.0.0", 0)))
+        clients = []
+        for host in ("127.0.0.1", "127.0.0.2"):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            client.bind(clients[0].getsockname() if clients else ("127.0.0.1", 0))
+            client.connect((host, listening.getsockname()[1]))
+            stack.enter_context(listening.accept()[0])
+            clients.append(client)
+        assert hang_up(clients[0].getsockname(), listening.getsockname()[1])
+        assert [client.recv(1) for client in clients] == [b"", b""]
+
+
 def test_the_limit_of_open_files_is_raised_and_said():
     code = (
         "import logging, resource; logging.basicConfig(level=logging.INFO)\n"

@@ -13,12 +13,13 @@ from test_coordinator import both_assigned, both_drawn, database  # noqa: F401
 from test_pace_of_devices import training
 from test_rounds import MANIFEST, toml
 
-from common.errors import LimitError
+from common.errors import LimitError, StorageError
 from common.pb import objects_pb2
 from common.transport import serde
 from common.transport.tls import Peer
 from common.types import ObjectRef, UpdateMetrics, UpdateReady
 from fp_server import commands as c
+from fp_server import events as e
 from fp_server import keeping, transfer
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
@@ -188,6 +189,26 @@ def test_a_push_from_the_wrong_byte_is_refused_before_anything_is_read(tmp_path,
     with_objects(tmp_path, database, body)
 
 
+def test_a_push_whose_file_went_with_its_round_is_late_and_no_trouble_of_the_disk(tmp_path, database, monkeypatch):  # noqa: F811
+    async def body(objects, coordinator, key):
+        await both_assigned(coordinator, key)
+        noted, gone = counted(monkeypatch, coordinator, "note"), StorageError("partial/a: No such file or directory")
+        assert "StorageError" in await pushed(objects, header(key), gone)
+        assert [what for what, *_ in noted] == ["objects"]
+
+        class Closing(Call):
+            async def read(self):
+                if len(self._says) == 1:
+                    await coordinator.insist(e.DeviceDropped(key.run, key, "a", "TooLate", "over"))
+                return await super().read()
+
+        error = await ask(objects.Push, None, Closing("a", [header(key), gone]))
+        assert error.startswith("NotFound: round 1 of 'r' expects no update from 'a'")
+        assert [what for what, *_ in noted if what == "objects"] == ["objects"]
+
+    with_objects(tmp_path, database, body)
+
+
 # -- whose time it is -----------------------------------------------------------------------------
 
 
@@ -282,10 +303,17 @@ def test_who_does_not_read_what_it_fetches_is_cut_whatever_the_rate(tmp_path, da
 
     async def body(objects, coordinator, key):
         call, loop = Deaf(), asyncio.get_running_loop()
-        monkeypatch.setattr(transfer, "hang_up", lambda address, port=None: loop.call_soon_threadsafe(call.cut.set))
+        ports = []
+
+        def hang_up(address, port=None) -> None:
+            ports.append(port)
+            loop.call_soon_threadsafe(call.cut.set)
+
+        monkeypatch.setattr(transfer, "hang_up", hang_up)
+        objects.port = 7443
         async with asyncio.timeout(5):
             await ask(objects.Fetch, objects_pb2.FetchRequest(digest=REF.digest, offset=0), call)
-        assert call.cut.is_set()
+        assert call.cut.is_set() and ports == [7443], "a device may have one port of its own for both of the server's"
 
     with_objects(tmp_path, database, body, progress_timeout_seconds=0.5, min_bytes_per_second=rate)
 
