@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
 from common.bucket import Buckets
-from common.errors import FedPrunerError, InUseError, NotFound, StorageError, TooLate, UnreachableError
+from common.errors import FedPrunerError, IdentityError, InUseError, NotFound, StorageError, TooLate, UnreachableError
 from common.faults import fault
 from fp_server import events as e
 from fp_server import memory
@@ -41,6 +42,7 @@ from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.reviewing import review_round
 from fp_server.rounds import RunMachine
+from fp_server.roundstate import Stage
 from fp_server.sessions import Session
 from fp_server.work import aggregate_round, choose_units
 
@@ -61,6 +63,13 @@ def steady_clock() -> Callable[[], float]:
     """Seconds since the epoch as of now, counted on by the monotonic clock: a step of the wall clock drops no device."""
     offset = time.time() - time.monotonic()
     return lambda: offset + time.monotonic()
+
+
+def _revoked(c: sqlite3.Connection, name: str) -> bool:
+    """Whether a device was revoked and has not joined again since; whether a certificate has ended is not asked."""
+    query = "SELECT 1 FROM certificates WHERE name = ? AND role = 'device' AND revoked IS NULL"
+    revoked = c.execute("SELECT 1 FROM revocations WHERE name = ?", (name,)).fetchone() is not None
+    return revoked and c.execute(query, (name,)).fetchone() is None
 
 
 class Coordinator(Archive):
@@ -87,7 +96,8 @@ class Coordinator(Archive):
     # -- life ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Fold the log; take up what was under way. Raises DamagedError when the log is damaged."""
+        """Fold the log; take up what was under way. Raises DamagedError when the log is damaged, StorageError when a revoked
+        device can't leave the round because the disk is full."""
         self.log.check()
         self.names = self.log.runs()
         for name in self.names:
@@ -97,6 +107,8 @@ class Coordinator(Archive):
             else:
                 self.keeper.kept |= machine.references()
         fault("server.start.folded")
+        if self.active is not None:
+            await self._leave_revoked(self.active)
         self.keeper.sweep()
         fault("server.start.swept")
         if self.active is not None:
@@ -105,6 +117,24 @@ class Coordinator(Archive):
             await self.post(Recovered(None if current is None else self._elapsed.of(current.opened.key)))
         self.background.spawn(self._tick())
         self.background.spawn(self.keeper.collect())
+
+    async def _leave_revoked(self, machine: RunMachine) -> None:
+        """Revoked devices leave the open round as `operations.kick` has it, where a crash came between it and the revocation.
+
+        Before anything is decided, or a round that is complete would be closed with their updates. It is handed in at the time
+        that the fold has come to: the time the server was down is nobody's, and what follows is decided when all is taken up.
+        """
+        current, revoked = machine.current, list[str]()
+        if current is None or current.closed is not None:
+            return
+        there = [name for name, member in sorted(current.members.items()) if member.stage is not Stage.DROPPED]
+        self.log.enter(lambda c: revoked.extend(name for name in there if _revoked(c, name)))
+        for name in revoked:
+            message = f"the certificate of {name!r} has been revoked; ask the operator for a new token"
+            event = e.DeviceDropped(machine.name, current.opened.key, name, IdentityError.__name__, message, True)
+            await self.log.append(event, self.clock())
+            tell(event)
+            machine.handle(event, machine.told_at)
 
     async def drain(self) -> None:
         """Begin nothing more: no session, round, choice or aggregation. Sessions are ended; the devices may come back."""

@@ -15,12 +15,15 @@ from test_rounds import MANIFEST, plan, probed, toml
 from common.bucket import Bucket, Buckets
 from common.errors import StorageError
 from common.tensorfile import write_tensors
+from common.transport import tls
 from common.types import PlanReport, ProbeReport, UpdateMetrics
 from fp_server import commands as c
 from fp_server import events as e
 from fp_server import memory, work
+from fp_server.certificates import create_authority
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
+from fp_server.identity import Authority
 from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 from fp_server.operations import kick, start_run
@@ -530,3 +533,116 @@ def test_the_loop_does_not_wait_for_the_note_of_a_rounds_time(tmp_path, database
         assert threading.main_thread() not in noted
 
     with_coordinator(tmp_path, database, body)
+
+
+class OpenLog(EventLog):
+    """A log in which no round closes: the server is killed before."""
+
+    async def append(self, event, at=None, also=None):
+        if isinstance(event, e.RoundClosed):
+            raise StorageError("killed")
+        await super().append(event, at, also)
+
+
+async def enrolled(authority, name, days=30):
+    token = await authority.create_token(name, "device", 60.0, "h:1", "h:2")
+    await authority.enroll(token.secret, tls.make_csr(tls.new_key(), name), days)
+
+
+def restarted(tmp_path, database, body, later=0.0):
+    """`body` with the server that is started anew, `later`; the events of the run from then on."""
+
+    async def main():
+        log = EventLog(database)
+        known = len(list(log.replay("r")))
+        coordinator = Coordinator(ServerConfig(names=["x"]), log, ObjectStore(tmp_path), lambda: time.time() + later)
+        await coordinator.start()
+        try:
+            await body(coordinator)
+        finally:
+            await coordinator.stop()
+        return [event for _, event in list(log.replay("r"))[known:]]
+
+    return asyncio.run(main())
+
+
+def test_a_kill_in_the_middle_of_a_revocation_lets_no_update_count(tmp_path, database):
+    """The revocation is in the books, and the server was killed before the device left the round: it leaves at the start, before
+    the round, which is complete, is closed."""
+    create_authority(tmp_path, ["localhost"])
+    authority = Authority(tmp_path, database)
+
+    async def revoked(coordinator):
+        for device in "ab":
+            await enrolled(authority, device)
+        await both_delivered(coordinator)
+        await authority.revoke("a")
+
+    async def committed(coordinator):
+        async with asyncio.timeout(10):
+            while not coordinator.active.history.committed:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        ((entry, _),) = coordinator.active.history
+        assert {name: member.counts for name, member in entry.members.items()} == {"a": False, "b": True}
+
+    with_coordinator(tmp_path, database, revoked, OpenLog(database))
+    events = restarted(tmp_path, database, committed)
+    assert [type(event) for event in events[:2]] == [e.DeviceDropped, e.RoundClosed] and events[0].device == "a"
+
+
+def test_who_leaves_at_the_start_leaves_in_the_same_words(tmp_path, database):
+    create_authority(tmp_path, ["localhost"])
+    authority = Authority(tmp_path, database)
+
+    async def revoked(coordinator):
+        for device in "ab":
+            await enrolled(authority, device)
+        await both_drawn(coordinator)
+        await authority.revoke("a")
+
+    with_coordinator(tmp_path, database, revoked)
+    started, live, *_ = restarted(tmp_path, database, lambda coordinator: kick(coordinator, "b"))
+    assert (started.device, live.device, live.revoked) == ("a", "b", True)
+    assert dataclasses.replace(started, device="b", message=started.message.replace("'a'", "'b'")) == live
+
+
+@pytest.mark.parametrize("standing", ["unknown", "joined again", "ended", "revoked"])
+def test_only_who_is_revoked_leaves_a_round_at_the_start(tmp_path, database, standing):
+    """And nobody else is late: the time that the server was down is not the round's."""
+    create_authority(tmp_path, ["localhost"])
+    authority = Authority(tmp_path, database)
+
+    async def body(coordinator):
+        if standing != "unknown":
+            await enrolled(authority, "a", 0 if standing == "ended" else 30)
+        await both_drawn(coordinator)
+        if standing in ("joined again", "revoked"):
+            await authority.revoke("a")
+        if standing == "joined again":
+            await enrolled(authority, "a")
+
+    async def ticks(coordinator):
+        await coordinator.post(c.Tick())
+
+    with_coordinator(tmp_path, database, body)
+    events = restarted(tmp_path, database, ticks, later=86_400.0)
+    assert [(type(event), event.device) for event in events] == ([(e.DeviceDropped, "a")] if standing == "revoked" else [])
+
+
+def test_a_closed_round_keeps_the_update_of_who_is_revoked_then(tmp_path, database):
+    """As it does where the server was not killed."""
+    create_authority(tmp_path, ["localhost"])
+    authority = Authority(tmp_path, database)
+
+    async def revoked(coordinator):
+        await enrolled(authority, "a")
+        key = await both_drawn(coordinator)
+        coordinator.draining = True  # it is not aggregated before the kill
+        await coordinator.post(e.RoundClosed("r", key, True, "full"))
+        await authority.revoke("a")
+
+    async def nothing(coordinator):
+        assert coordinator.active.current.members["a"].dropped is None
+
+    with_coordinator(tmp_path, database, revoked)
+    restarted(tmp_path, database, nothing)
