@@ -433,12 +433,13 @@ def test_an_update_is_not_sent_for_ever(tmp_path):
                 f"policy.toml: max_upload: the server asks for bytes of updates: {4 * size}, this device allows {3 * size}"
             )
             # Nor are they forgotten with the task: the same round again, in this attempt or another.
-            for again in (KEY, replace(KEY, attempt=KEY.attempt + 1)):
-                pushes = server.objects.pushes
+            # Another attempt is not even trained.
+            for again, bytes_ in ((KEY, 4 * size), (replace(KEY, attempt=KEY.attempt + 1), 3 * size + 1)):
+                pushes, trained = server.objects.pushes, list(device.work.adapters)
                 await device.hears("assignment", replace(assignment(), key=again))
                 failed = await server.sessions.next("failed")
-                assert failed.error == "PolicyError" and f"updates: {4 * size}" in failed.message
-                assert server.objects.pushes == pushes
+                assert failed.error == "PolicyError" and f"updates: {bytes_}," in failed.message
+                assert (server.objects.pushes, device.work.adapters) == (pushes, trained)
             await device.hears("probe", probe_task())
             await server.sessions.next("probe")
 
