@@ -322,6 +322,7 @@ class Agent:
         if ready is not None:
             log.info("run %s, round %d: already trained; pushing the update that was kept", task.key.run, task.key.round + 1)
             return ready
+        self._guard.another(task.key)
         same_weights(spec, await self._work.fingerprint(spec, self._note))
         adapter = await self._fetch(task.adapter)
         fault("device.task.fetched", "train")
@@ -333,7 +334,9 @@ class Agent:
     async def _push(self, task: Assignment, ready: UpdateReady) -> None:
         ready = replace(ready, metrics=self._policy.redact_metrics(ready.metrics))  # at the last moment: it may be an older one
         path, note = self._outbox.path(task.key.run), lambda done, total: self._note("push", done, total)
-        await self._transfer.push(ready, path, note, self._policy.check_upload, self._guard.sent(task.key))
+        sent = self._guard.sent(task.key)
+        sent.size = ready.ref.size
+        await self._transfer.push(ready, path, note, self._policy.check_upload, sent)
 
     async def _fetch(self, adapter: tuple[UnitObject, ...]) -> tuple[AdapterFile, ...]:
         total, done = sum(item.ref.size for item in adapter), 0

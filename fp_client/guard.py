@@ -11,7 +11,7 @@ from pathlib import Path
 from common.errors import PolicyError
 from common.faults import fault
 from common.files import make_directory
-from common.types import Assignment, Part, PlanReport, ProbeTask, RunSpec, TaskKey
+from common.types import Assignment, PlanReport, ProbeTask, RunSpec, TaskKey
 from fp_client import sanity
 from fp_client.policy import FILE, Policy
 from fp_client.rpc_objects import Sent
@@ -21,20 +21,6 @@ log = logging.getLogger(__name__)
 HOURS = 24
 RUNS = 64
 """Runs whose latest round is remembered."""
-HEADER = 256
-"""More bytes than a file's header has of one tensor."""
-
-
-def least_update(spec: RunSpec, task: Assignment) -> int:
-    """Bytes that the assignment's update will have at least.
-
-    A layer of the broadcast adapter has factors of the same shapes as one of the update, of at most the run's broadcast rank.
-    Without an adapter, as in a run's first round, and of components, whose shapes differ, no more is known than that it has some.
-    """
-    if spec.part is not Part.LAYER:
-        return 1
-    largest = max((item.ref.size for item in task.adapter), default=0) - HEADER * 2 * len(task.spec.targets)
-    return max(1, largest * task.spec.rank // spec.broadcast_rank * len(set(task.units)))
 
 
 class Guard:
@@ -48,8 +34,6 @@ class Guard:
         """Run -> the latest round asked for, 0-based; the oldest run goes first."""
         self._sent: dict[tuple[str, int], Sent] = {}
         """(run, round) -> what was sent, in whatever attempts; of as many rounds as runs are remembered."""
-        self._let_through: dict[str, Assignment] = {}
-        """Run -> the assignment that may be trained, or was, last; of as many runs as are remembered."""
         self._recall()
 
     def plan(self, spec: RunSpec) -> None:
@@ -68,21 +52,7 @@ class Guard:
         """May this be trained? Raises PolicyError, ProtocolError."""
         self.policy.check_assignment(task)
         sanity.check_assignment(spec, task, report)
-        self._check_sent(spec, task)
         self._begin(task.key)
-        self._let_through.pop(task.key.run, None)
-        self._let_through[task.key.run] = task
-        while len(self._let_through) > RUNS:
-            del self._let_through[next(iter(self._let_through))]
-
-    def _check_sent(self, spec: RunSpec, task: Assignment) -> None:
-        """May another update be sent in this round? Asked before hours of training, and again, to the byte, by the push.
-
-        Not of the assignment that was let through last: its update may be kept, and the server may have part of it or all.
-        """
-        account = self._sent.get((task.key.run, task.key.round))
-        if account is not None and account.bytes and self._let_through.get(task.key.run) != task:
-            self.policy.check_upload(account.bytes + least_update(spec, task))
 
     def sent(self, key: TaskKey) -> Sent:
         """The account of a round's uploads, to be counted on; a restart of the daemon begins it anew."""
@@ -90,6 +60,13 @@ class Guard:
         while len(self._sent) > RUNS:
             del self._sent[next(iter(self._sent))]
         return account
+
+    def another(self, key: TaskKey) -> None:
+        """May another update of the round be trained, of the size of the one before it? Raises PolicyError: hours before the push
+        would, which asks again, to the byte."""
+        account = self.sent(key)
+        if account.size:
+            self.policy.check_upload(account.bytes + account.size)
 
     def _begin(self, key: TaskKey) -> None:
         latest = self._rounds.get(key.run, key.round)

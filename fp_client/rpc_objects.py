@@ -59,9 +59,11 @@ OnBytes = Callable[[int, int], None]
 
 @dataclass
 class Sent:
-    """Bytes of updates that were sent in a round, over all its pushes."""
+    """What was sent of updates in a round, over all its pushes."""
 
     bytes: int = 0
+    size: int = 0
+    """Bytes of the latest of these updates, whole."""
 
 
 class Transfer:
