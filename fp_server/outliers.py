@@ -4,7 +4,7 @@ D_n = (α/r)·B_n·A_n less what device n started with, a product a module. Devi
 compared over what two of them share, and combined over all of it:
 
 - **Size.** ‖D_n‖ of a module against the median of the other devices' (same module, whichever layers they hold), and the root
-  mean square of that over all modules: of honest updates a single module's varies, the whole's hardly.
+  mean square of that over all modules: of honest updates a single module's varies more than the whole's.
 - **Direction.** cos(D_n, D_m) of every module that n shares with a device m. LoRA's random A makes the cosines of honest
   devices small, but not negative; a device is out when its mean cosine with the others is negative beyond chance, they
   agree among themselves, and it disagrees at least a quarter as much, with most of them.
