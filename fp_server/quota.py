@@ -22,6 +22,8 @@ class Quota:
         self._directory, self._limits = directory, limits
         self._arriving: dict[object, tuple[str, int]] = {}
         """Each under a key of its own: what one that was broken off leaves must not be taken for the next one of its device."""
+        self._touched: set[str] | None = None
+        """Devices that may have bytes there; None before the first look. Not everybody who was ever drawn, and has a folder."""
         self._lock = threading.Lock()
 
     @contextlib.asynccontextmanager
@@ -51,10 +53,12 @@ class Quota:
         with self._lock:
             self._check(device, size)
             self._arriving[place] = device, size
+            if self._touched is not None:
+                self._touched.add(device)
 
     def _check(self, device: str, size: int) -> None:
         try:
-            there = _arrived(self._directory)
+            there = self._there()
             free = shutil.disk_usage(self._directory).free
         except OSError as error:
             raise storage_error(self._directory, error) from None
@@ -75,20 +79,27 @@ class Quota:
                 "for its log (limits.disk_reserve_bytes); free some space, what was stored before is kept"
             )
 
+    def _there(self) -> dict[str, int]:
+        """Device -> its bytes that have come; of a device without any, nothing or 0. Raises OSError."""
+        if self._touched is None:
+            with os.scandir(self._directory) as folders:
+                self._touched = {folder.name for folder in folders}
+        arriving = {device for device, _ in list(self._arriving.values())}  # before the looks: it may end during them
+        there = {device: _size(self._directory / device) for device in self._touched}
+        self._touched = arriving | {device for device, size in there.items() if size}
+        return there
+
 
 def _mib(count: int) -> str:
     """Bytes for a person."""
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count} {'byte' if count == 1 else 'bytes'}"
 
 
-def _arrived(directory: Path) -> dict[str, int]:
-    """Device -> bytes of it that are there. Whoever was ever drawn has a folder: thousands are looked through at each push."""
-    with os.scandir(directory) as folders:
-        return {folder.name: sum(map(_size, os.scandir(folder.path))) for folder in folders}
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat().st_size
-    except FileNotFoundError:  # adopted or dropped meanwhile
-        return 0
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder; files and folder may go meanwhile."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as files:
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # adopted or dropped
+                total += file.stat().st_size
+    return total

@@ -4,8 +4,8 @@
     F = the eigenvectors of the k smallest non-zero eigenvalues, row i = unit i
     {G_1 … G_k} = k-means(F, k)
 
-k-means is our own few lines: the partition must be the same for the same seed whatever scipy is
-installed, and never have an empty group. Even groups (ours) bound their size: on real models Eq. 2 tends
+k-means is our own few lines (`fp_server.pruning.kmeans`): the partition must be the same for the same seed whatever scipy
+is installed, and never have an empty group. Even groups (ours) bound their size: on real models Eq. 2 tends
 to cut single units off and leave one large group, of which a single unit is ever drawn.
 """
 
@@ -16,18 +16,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
-import scipy.optimize
+
+from fp_server.pruning.kmeans import best_partition
 
 Eigenvectors = Literal["k", "k-1"]
 GroupSizes = Literal["free", "even"]
 Groups = tuple[tuple[int, ...], ...]
 Float64 = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.intp]
-
-RESTARTS = 64
-"""Independent k-means++ starts; the partition of least inertia wins."""
-ITERATIONS = 100
-"""Lloyd steps at most in one start; a few dozen points settle in about ten."""
 
 
 def group_count(units: int, capacity: int) -> int:
@@ -68,7 +63,7 @@ def group(
     if k == units:
         return tuple((unit,) for unit in range(units))
     points = spectral_points(s, k if eigenvectors == "k" else k - 1)
-    labels = _best_partition(points, k, rng, -(-units // k) if sizes == "even" else units)
+    labels = best_partition(points, k, rng, -(-units // k) if sizes == "even" else units)
     members = [tuple(np.flatnonzero(labels == label).tolist()) for label in range(k)]
     return tuple(sorted(members))
 
@@ -103,80 +98,3 @@ def _fixed_signs(vectors: Float64) -> Float64:
     largest = np.abs(vectors).argmax(axis=0)
     signs = np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
     return vectors * signs
-
-
-def _best_partition(points: Float64, k: int, rng: np.random.Generator, largest: int) -> Labels:
-    """The labels 0..k−1 of least inertia over the restarts, every label used, none by more than `largest`."""
-    best: tuple[float, Labels] | None = None
-    lacking: tuple[float, Labels] | None = None
-    for _ in range(RESTARTS):
-        inertia, labels = _lloyd(points, _plus_plus(points, k, rng), largest)
-        if len(np.unique(labels)) == k:
-            # The margin keeps rounding from choosing between two starts that found the same partition.
-            if best is None or inertia < best[0] * (1 - 1e-9):
-                best = inertia, labels
-        elif lacking is None or inertia < lacking[0] * (1 - 1e-9):
-            lacking = inertia, labels
-    if best is not None:
-        return best[1]
-    assert lacking is not None
-    return split_largest(points, lacking[1], k)
-
-
-def _plus_plus(points: Float64, k: int, rng: np.random.Generator) -> Float64:
-    """k-means++ (Arthur and Vassilvitskii 2007): each centre drawn in proportion to its squared distance."""
-    centres = [points[rng.integers(len(points))]]
-    nearest = ((points - centres[0]) ** 2).sum(axis=1)
-    for _ in range(k - 1):
-        edges = np.cumsum(nearest)
-        # With all points on a centre already, any will do; the empty group that follows is mended later.
-        chosen = min(int(np.searchsorted(edges, rng.random() * edges[-1], side="right")), len(points) - 1)
-        centres.append(points[chosen])
-        nearest = np.minimum(nearest, ((points - points[chosen]) ** 2).sum(axis=1))
-    return np.stack(centres)
-
-
-def _lloyd(points: Float64, centres: Float64, largest: int) -> tuple[float, Labels]:
-    """Lloyd's iteration from given centres until the labels stand still. Returns (inertia, labels)."""
-    distances = _squared_distances(points, centres)
-    labels = _assign(distances, largest)
-    for _ in range(ITERATIONS):
-        order = np.argsort(labels, kind="stable")
-        used, begins, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-        centres[used] = np.add.reduceat(points[order], begins, axis=0) / sizes[:, None]
-        distances = _squared_distances(points, centres)
-        moved = _assign(distances, largest)
-        if np.array_equal(moved, labels):
-            break
-        labels = moved
-    return float(distances[np.arange(len(points)), labels].sum()), labels
-
-
-def _assign(distances: Float64, largest: int) -> Labels:
-    """Each point's centre: the nearest, or the choice of least sum when a centre takes at most `largest` points.
-
-    `distances`: (U, k). The bounded form is k-means with size constraints (Bradley, Bennett and Demiriz 2000), solved as an
-    assignment of points to `largest` seats at each centre.
-    """
-    nearest: Labels = distances.argmin(axis=1)
-    if np.bincount(nearest).max() <= largest:
-        return nearest
-    _, seats = scipy.optimize.linear_sum_assignment(np.repeat(distances, largest, axis=1))
-    return np.asarray(seats // largest, dtype=np.intp)
-
-
-def _squared_distances(points: Float64, centres: Float64) -> Float64:
-    """(U, k)."""
-    squared: Float64 = ((points[:, None, :] - centres[None, :, :]) ** 2).sum(axis=2)
-    return squared
-
-
-def split_largest(points: Float64, labels: Labels, k: int) -> Labels:
-    """Fill unused labels: the largest group gives up the member farthest from its mean, until k are used."""
-    labels = labels.copy()
-    for unused in sorted(set(range(k)) - set(labels.tolist())):
-        values, sizes = np.unique(labels, return_counts=True)
-        members = np.flatnonzero(labels == values[sizes.argmax()])
-        distances = ((points[members] - points[members].mean(axis=0)) ** 2).sum(axis=1)
-        labels[members[distances.argmax()]] = unused
-    return labels

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fp_server.pruning import grouping
-from fp_server.pruning.grouping import group, group_count, spectral_points, split_largest
+from fp_server.pruning.grouping import group, group_count, spectral_points
+from fp_server.pruning.kmeans import split_largest
 
 U, K = 30, 12
 

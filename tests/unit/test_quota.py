@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from common.errors import LimitError
+from fp_server import quota as module
 from fp_server.limits import ServerLimits
 from fp_server.quota import Quota
 
@@ -88,3 +89,31 @@ def test_room_that_was_refused_is_not_held(tmp_path):
 
     asyncio.run(body())
     assert quota.fits(1000) and not quota.fits(1001)
+
+
+def test_only_folders_that_may_have_bytes_are_looked_into(tmp_path, monkeypatch):
+    """Whoever was ever drawn has one. What arrives, what is left of it, and what lay there at the start are counted."""
+    for number in range(50):
+        (tmp_path / f"d{number}").mkdir()
+    (tmp_path / "d7" / "part").write_bytes(b"x" * 100)
+    quota, looked, whole = Quota(tmp_path, ServerLimits(arrival_bytes=1000, disk_reserve_bytes=0)), [], module._size
+    monkeypatch.setattr(module, "_size", lambda folder: (looked.append(folder.name), whole(folder))[1])
+
+    async def looks(device: str, size: int = 1) -> set[str]:
+        looked.clear()
+        async with quota.held(device, size):
+            return set(looked)
+
+    async def body():
+        assert len(await looks("d1")) == 50
+        assert await looks("new") == {"d1", "d7"}
+        (tmp_path / "new").mkdir()
+        async with quota.held("new", 300):
+            (tmp_path / "new" / "part").write_bytes(b"x" * 250)
+            assert await looks("d2") == {"d7", "new"}
+        with pytest.raises(LimitError, match="would take 1001 bytes"):  # 100 of d7's, 250 of the new one's
+            await looks("d3", 651)
+        (tmp_path / "new" / "part").unlink()
+        assert await looks("d3", 900) == {"d7", "new"} and await looks("d3") == {"d3", "d7"}
+
+    asyncio.run(body())
