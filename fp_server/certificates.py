@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import ConfigError, IdentityError
+from common.files import sync_directory
 from common.transport.tls import URI, key_pem, load_key, new_key, write_private
 
 _CA_DAYS = 3650
@@ -70,11 +72,20 @@ def create_authority(directory: Path, names: list[str], days: float = 90) -> Non
         .sign(ca_key, hashes.SHA256())
     )  # fmt: skip
     write_private(directory / "ca.key", key_pem(ca_key))
-    (directory / "ca.pem").write_bytes(pem(ca))
+    _write_public(directory / "ca.pem", pem(ca))
     server_key = new_key()
     certificate = _sign(ca, ca_key, server_key.public_key(), names[0], alternative, ExtendedKeyUsageOID.SERVER_AUTH, days)
     write_private(directory / "server.key", key_pem(server_key))
     write_private(directory / "server.pem", pem(certificate))
+
+
+def _write_public(path: Path, data: bytes) -> None:
+    """Write a file durably, with the mode a new file has here."""
+    with path.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    sync_directory(path.parent)
 
 
 def _sign(
@@ -111,15 +122,18 @@ def _sign(
 
 
 def requested_key(csr_pem: str) -> ec.EllipticCurvePublicKey:
-    """The public key of a certificate request, and nothing else of it. Raises IdentityError unless it signed the request."""
+    """The public key of a certificate request, and nothing else of it. Raises IdentityError unless it signed the request.
+
+    Of other kinds of keys no signature is looked at: with a large RSA key that takes long, and anybody may ask.
+    """
     try:
         csr = x509.load_pem_x509_csr(csr_pem[:_CSR].encode())
-        key, signed = csr.public_key(), csr.is_signature_valid
+        key = csr.public_key()
+        if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name == "secp256r1" and csr.is_signature_valid:
+            return key
     except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise IdentityError("the certificate request is not a PEM CSR") from None
-    if not signed or not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
-        raise IdentityError("the certificate request must be signed by its own P-256 key")
-    return key
+    raise IdentityError("the certificate request must be signed by its own P-256 key")
 
 
 class Issuer:
@@ -133,6 +147,7 @@ class Issuer:
             self._certificate = x509.load_pem_x509_certificate(self.pem.encode())
         except (OSError, ValueError) as error:
             raise IdentityError(f"{directory / 'ca.pem'}: no usable CA ({error}); run `fp-server init` first") from None
+        self.begins = self._certificate.not_valid_before_utc
         self._key = load_key(directory / "ca.key")
 
     def client(self, public_key: ec.EllipticCurvePublicKey, name: str, role: str, days: float) -> x509.Certificate:

@@ -218,4 +218,5 @@ def _lost_reply(valid: list[x509.Certificate], peer: Peer, key: ec.EllipticCurve
     """The newest certificate of the caller, when it was made for this key and the caller does not show it yet."""
     if not valid or books.serial_of(valid[0]) == peer.serial or valid[0].public_key() != key:
         return None
-    return valid[0] if datetime.now(UTC) < renewable_from(valid[0]) else None
+    now = datetime.now(UTC)  # one made while this clock was ahead is of no use yet
+    return valid[0] if valid[0].not_valid_before_utc <= now < renewable_from(valid[0]) else None

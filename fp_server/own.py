@@ -63,13 +63,14 @@ class OwnCertificates:
         return certificate.not_valid_after_utc
 
     def keep_valid(self, names: list[str], days: float) -> list[str]:
-        """Make both anew in the last third of their validity, and the server's when `names` are others; which were made.
+        """Make both anew in the last third of their validity or before it begins, and the server's when `names` are others; which
+        were made.
 
         Raises IdentityError when the server's can't be read.
         """
         renewed: list[str] = []
         server = _read(self._directory / "server.pem")
-        if not _fresh(server) or self._issuer.names_differ(server, names):
+        if not self._fresh(server) or self._issuer.names_differ(server, names):
             self.server(names, days)
             renewed.append("server.pem")
         if (self._directory / "operator.pem").exists() and self._keep_operator(days):
@@ -80,13 +81,18 @@ class OwnCertificates:
         """The server does not depend on the operator's files: what is wrong with them is said, and for `fp-server operator`."""
         try:
             certificate = _read(self._directory / "operator.pem")
-            if _fresh(certificate) or self._revoked(certificate):
+            if self._fresh(certificate) or self._revoked(certificate):
                 return False
             self.operator(identity_of(certificate)[1], days, same_key=True)
         except IdentityError as error:
             logger.warning("%s; `fp-server operator --dir %s` makes another", error, self._directory)
             return False
         return True
+
+    def _fresh(self, certificate: x509.Certificate) -> bool:
+        """One that was made while the clock was ahead is not. Before the CA is valid the clock is behind, and nothing is made."""
+        now = datetime.now(UTC)
+        return now < self._issuer.begins or certificate.not_valid_before_utc <= now < renewable_from(certificate)
 
     def _revoked(self, certificate: x509.Certificate) -> bool:
         query, serial = "SELECT 1 FROM certificates WHERE serial = ? AND revoked IS NOT NULL", books.serial_of(certificate)
@@ -105,10 +111,6 @@ def _replace_all(directory: Path, made: dict[str, bytes]) -> None:
     finally:
         for name in made:
             (directory / f"{name}.new").unlink(missing_ok=True)
-
-
-def _fresh(certificate: x509.Certificate) -> bool:
-    return datetime.now(UTC) < renewable_from(certificate)
 
 
 def _read(path: Path) -> x509.Certificate:

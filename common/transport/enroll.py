@@ -82,8 +82,9 @@ async def join(
 async def renew(channel: grpc.aio.Channel, directory: Path, role: str) -> x509.Certificate:
     """Get another certificate for the same key and write it over the old one, in one step; the old one stays valid.
 
-    `channel` must show the certificate of `directory`. Raises IdentityError (expired here, or refused), ProtocolError when what
-    comes is not a certificate for this key and identity, StorageError, and gRPC's errors as they come.
+    `channel` must show the certificate of `directory`. Raises IdentityError (expired here, refused, or what comes is not valid
+    yet), ProtocolError when what comes is not a certificate for this key and identity, StorageError, and gRPC's errors as they
+    come.
     """
     path = directory / f"{role}.pem"
     with _storage(directory, "read"):  # all of it before the server signs what could not be checked then
@@ -95,10 +96,25 @@ async def renew(channel: grpc.aio.Channel, directory: Path, role: str) -> x509.C
     pem, new = certificate_of(reply, ca, key, "renewal")
     if tls.identity_of(new) != tls.identity_of(old):
         raise ProtocolError(f"the server's certificate is for {'/'.join(tls.identity_of(new))}; {path} is kept")
+    with _storage(directory, "read"):
+        _forbid_future(new, path)
     fault("device.renewal.answered")
     with _storage(directory):
         await asyncio.to_thread(tls.write_private, path, pem.encode())
     return new
+
+
+def _forbid_future(new: x509.Certificate, path: Path) -> None:
+    """With a certificate that is not valid yet nothing could connect after a restart: it does not replace the one in `path`."""
+    now, begins = datetime.now(UTC), new.not_valid_before_utc
+    if begins <= now:
+        return
+    written = max(path.stat().st_mtime, path.parent.stat().st_mtime)  # by this machine's clock, as it was then
+    clock = "this machine's clock seems to be behind" if now.timestamp() < written else "the server's clock seems to be ahead"
+    raise IdentityError(
+        f"the server's certificate is not valid before {begins:%Y-%m-%d %H:%M} UTC, here it is {now:%Y-%m-%d %H:%M} UTC: "
+        f"{clock}; {path} is kept"
+    )
 
 
 @contextlib.contextmanager

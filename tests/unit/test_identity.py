@@ -19,7 +19,7 @@ from common.token import JoinToken
 from common.transport import tls
 from common.transport.tls import Peer
 from fp_server import audit
-from fp_server.certificates import create_authority
+from fp_server.certificates import create_authority, requested_key
 from fp_server.identity import MOST, Authority
 from fp_server.log import Database
 from fp_server.own import OwnCertificates
@@ -196,6 +196,40 @@ def test_a_renewal_whose_reply_was_lost_is_given_again(authority):
     assert renew(authority, peer_of(old), key).serial_number == first.serial_number
     assert renew(authority, peer_of(old)).serial_number != first.serial_number
     assert renew(authority, peer_of(first), key).serial_number != first.serial_number, "who shows the new one wants another"
+
+
+def test_a_renewal_made_while_the_clock_was_ahead_is_not_given_again(authority, monkeypatch):
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=2)
+
+    key = tls.new_key()
+    peer = peer_of(enroll(authority, token(authority).secret, key))
+    with monkeypatch.context() as ahead:
+        ahead.setattr("fp_server.certificates.datetime", Later)
+        lost = renew(authority, peer, key)
+    assert lost.not_valid_before_utc > datetime.now(UTC)
+    new = renew(authority, peer, key)
+    assert new.serial_number != lost.serial_number and new.not_valid_before_utc < datetime.now(UTC)
+    assert renew(authority, peer, key) == new
+
+
+@pytest.mark.parametrize(
+    "key", [rsa.generate_private_key(65537, 1024), ec.generate_private_key(ec.SECP384R1())], ids=["rsa", "p-384"]
+)
+def test_the_signature_of_a_key_of_another_kind_is_not_even_looked_at(monkeypatch, key):
+    class Request:
+        def public_key(self):
+            return key.public_key()
+
+        @property
+        def is_signature_valid(self):
+            raise AssertionError("this takes long with a large key")
+
+    monkeypatch.setattr(x509, "load_pem_x509_csr", lambda _: Request())
+    with pytest.raises(IdentityError, match="must be signed by its own P-256 key"):
+        requested_key("")
 
 
 def test_what_can_not_be_renewed(authority, database):

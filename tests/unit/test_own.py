@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -39,15 +41,15 @@ def names(path) -> list[str]:
     return [str(entry.value) for entry in found]
 
 
-def later(monkeypatch, days):
-    """Own certificates look at this time."""
+def later(monkeypatch, days, module="own"):
+    """Own certificates look at this time; module "certificates": they are made at it."""
 
     class Later(datetime):
         @classmethod
         def now(cls, tz=None):
             return datetime.now(tz) + timedelta(days=days)
 
-    monkeypatch.setattr("fp_server.own.datetime", Later)
+    monkeypatch.setattr(f"fp_server.{module}.datetime", Later)
 
 
 def test_what_is_private_is_private(own, tmp_path):
@@ -83,6 +85,47 @@ def test_in_their_last_third_both_are_made_anew_with_the_same_keys(own, database
         )
     said = [(row.entry.actor.name, row.entry.action, row.entry.object[:10]) for row in audit.read(database)]
     assert said[1:] == [("server", "issue", "server.pem"), ("server", "issue", "operator o")]
+
+
+def test_what_was_made_while_the_clock_was_ahead_is_made_anew(own, tmp_path, monkeypatch):
+    paths = [tmp_path / "server.pem", tmp_path / "operator.pem"]
+    with monkeypatch.context() as ahead:
+        later(ahead, 40, "certificates")
+        own.server(NAMES, 90)
+        own.operator("operator", 90, same_key=True)
+    for path in paths:
+        with pytest.raises(IdentityError, match="not valid before"):
+            tls.check_validity(path)
+    assert own.keep_valid(NAMES, 90) == ["server.pem", "operator.pem"]
+    for path in paths:
+        assert tls.check_validity(path)
+    assert own.keep_valid(NAMES, 90) == []
+
+
+def test_a_clock_that_is_a_little_behind_or_before_the_ca_makes_nothing_anew(own, monkeypatch):
+    """What is made with a clock in 1970 has ended for everybody else."""
+    for days in (-4 / 24 / 60, -10, -10000):
+        later(monkeypatch, days)
+        assert own.keep_valid(NAMES, 90) == []
+
+
+def test_all_of_a_new_authority_is_on_the_disk_when_it_is_made(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def spy(fd):
+        synced.append(str(Path(f"/proc/self/fd/{fd}").readlink()).removesuffix(".tmp"))
+        fsync(fd)
+
+    monkeypatch.setattr("os.fsync", spy)
+    before = os.umask(0o027)
+    try:
+        create_authority(tmp_path, NAMES)
+    finally:
+        os.umask(before)
+    for name in ("ca.key", "ca.pem", "server.key", "server.pem"):
+        at = synced.index(f"{tmp_path}/{name}")
+        assert synced[at + 1] == str(tmp_path), name
+    assert (tmp_path / "ca.pem").stat().st_mode & 0o777 == 0o640
 
 
 def test_other_names_make_another_certificate_at_once(own, tmp_path):
