@@ -24,6 +24,8 @@ from common.errors import ModelError
 
 MAX_HEADER = 100 << 20
 """The format's own limit on a header, in bytes."""
+DIMENSIONS, LARGEST = 16, 1 << 48
+"""What a tensor has at most; a number of elements, or a place in the file."""
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -64,17 +66,20 @@ def parse_header(path: Path, fd: int, file_size: int, limit: int = MAX_HEADER) -
         infos: dict[str, TensorInfo] = {}
         for name, entry in header.items():
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if dtype not in ITEMSIZE or any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-                raise bad(f"tensor {name!r} has dtype {dtype!r}, shape {shape}")
-            if end - begin != ITEMSIZE[dtype] * math.prod(shape):
-                raise bad(f"tensor {name!r} has {end - begin} bytes, its shape needs {ITEMSIZE[dtype] * math.prod(shape)}")
+            # Bounded before anything is reckoned or said: a product of numbers of thousands of digits takes minutes.
+            if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+                raise bad(f"tensor {name[:120]!r} has dtype {str(dtype)[:20]!r}")
+            if len(shape) > DIMENSIONS or any(type(n) is not int or not 0 <= n <= LARGEST for n in (*shape, begin, end)):
+                raise bad(f"tensor {name[:120]!r} has a shape or a place that no tensor can have")
+            if end - begin != (needed := ITEMSIZE[dtype] * math.prod(shape)):
+                raise bad(f"tensor {name[:120]!r} has {end - begin} bytes, its shape {list(shape)} needs {needed}")
             infos[name] = TensorInfo(name, dtype, shape, 8 + length + begin, end - begin)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise bad(f"header unreadable ({type(error).__name__})") from None
     cursor = 8 + length
     for info in sorted(infos.values(), key=lambda i: (i.start, i.size)):
         if info.start != cursor:
-            raise bad(f"tensor {info.name!r} overlaps another or leaves a gap")
+            raise bad(f"tensor {info.name[:120]!r} overlaps another or leaves a gap")
         cursor += info.size
     if cursor != file_size:
         raise bad(f"tensors end at byte {cursor}, the file at {file_size}: truncated or corrupt")

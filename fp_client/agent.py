@@ -117,8 +117,9 @@ class Agent:
         self._open, self._transfer, self._work = open_session, transfer, work
         self._policy, self._cache, self._runs, self._outbox = policy, cache, runs, outbox
         self._backoff, self._beat_seconds = backoff, beat_seconds
+        self._messages = Bucket(MESSAGES, BURST)  # of all sessions: who ends each after a hundred messages gets no more
         self._guard, self._one = Guard(policy, runs.directory / ".asked.json"), asyncio.Lock()
-        self._plans = Plans(work, self._guard, runs, outbox, self._one, self._tell, self._note)
+        self._plans = Plans(work, self._guard, runs, outbox, self._one, self._tell, self._note, self.reconnect)
         self._session: Session | None = None
         self.link = Link(since=monotonic(), reason="the daemon has just started")
         self._task: asyncio.Task[None] | None = None
@@ -178,11 +179,12 @@ class Agent:
         log.info("connected as %r (server %s)", session.device, session.server_version)
         self._session = session
         try:
-            bucket = Bucket(MESSAGES, BURST)
+            if self._again:  # asked for while this one was being opened
+                await session.finish()
             async for said in session:
                 self._heard = True
                 await self._handle(said)
-                if (wait := bucket.take(monotonic())) > 0:  # not reading is what slows the sender down
+                if (wait := self._messages.take(monotonic())) > 0:  # not reading is what slows the sender down
                     await asyncio.sleep(wait)
             return UnreachableError("the server ended the session")
         except (IdentityError, InUseError):

@@ -44,12 +44,14 @@ class Guard:
 
     def probe(self, spec: RunSpec, task: ProbeTask, report: PlanReport | None) -> None:
         """May this be measured? Raises PolicyError, ProtocolError."""
+        self.policy.check_plan(spec)  # again: the owner may have changed it since the run was planned
         self.policy.check_probe(spec, task)
         sanity.check_probe(spec, task, report)
         self._begin(task.key)
 
     def assignment(self, spec: RunSpec, task: Assignment, report: PlanReport | None) -> None:
         """May this be trained? Raises PolicyError, ProtocolError."""
+        self.policy.check_plan(spec)
         self.policy.check_assignment(task)
         sanity.check_assignment(spec, task, report)
         self._begin(task.key)

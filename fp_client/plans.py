@@ -21,6 +21,8 @@ KEPT = 16
 """Reports that are remembered."""
 PAUSES = (0.5, 3.0)
 """Seconds before a plan is tried again whose worker was killed, or for which the disk was full."""
+AGAIN_SECONDS = 600.0
+"""Until a plan is made once more that failed for all of these."""
 WORDS = 500
 """The longest reason told to a server, in characters."""
 
@@ -42,10 +44,11 @@ class Plans:
 
     def __init__(
         self, work: Planner, guard: Guard, runs: Runs, outbox: Outbox, one: asyncio.Lock,
-        tell: Callable[[PlanReport], Awaitable[None]], note: OnProgress,
+        tell: Callable[[PlanReport], Awaitable[None]], note: OnProgress, reconnect: Callable[[], Awaitable[None]],
     ) -> None:  # fmt: skip
         self._work, self._guard, self._runs, self._outbox = work, guard, runs, outbox
-        self._one, self._tell, self._note = one, tell, note
+        self._one, self._tell, self._note, self._reconnect = one, tell, note, reconnect
+        self._retrying: asyncio.Task[None] | None = None
         self._under_way: dict[RunSpec, asyncio.Task[None]] = {}
         self._reports: dict[str, tuple[RunSpec, PlanReport]] = {}
 
@@ -80,6 +83,8 @@ class Plans:
 
     async def close(self) -> None:
         """Drop whatever is under way."""
+        if self._retrying is not None:
+            await cancel(self._retrying)
         for plan in list(self._under_way.values()):
             await cancel(plan)
 
@@ -96,10 +101,17 @@ class Plans:
             log.info("run %s: can take part: %s", spec.run, ", ".join(f"{c.gradient} {c.units} units" for c in report.capacities))
         except FedPrunerError as error:
             report = self.refusal(spec.run, said, error)
+            if isinstance(error, (WorkerError, StorageError)) and (self._retrying is None or self._retrying.done()):
+                self._retrying = asyncio.create_task(self._retry())
         except Exception as error:
             log.exception("run %s: the plan failed", spec.run)
             report = self.refusal(spec.run, said, WorkerError(f"unexpected {type(error).__name__}: {error}"))
         await self._tell(report)
+
+    async def _retry(self) -> None:
+        """The server asks whoever connects: what has failed for the moment must not keep the device out for weeks."""
+        await asyncio.sleep(AGAIN_SECONDS)
+        await self._reconnect()
 
     async def _fingerprint(self, spec: RunSpec) -> str:
         async with self._one:

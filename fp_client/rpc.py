@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,15 +293,16 @@ class Connection:
         tls.check_validity(self._certificate)
         async with AsyncExitStack() as held:
             channel = await held.enter_async_context(self.using())
+            translate = partial(self.translate, channel=channel)  # what is said of an older certificate is no news
             call: Any = session_pb2_grpc.SessionsStub(channel).Open()
             held.callback(call.cancel)
-            welcome = await self._greet(call)
+            welcome = await self._greet(call, translate)
             fault("device.session.welcome")
             self._refusals = 0
             name, version = plain(welcome.device, 64), plain(welcome.version, 40)
-            return Session(call, held.pop_all(), name, version, self.address, self.translate)
+            return Session(call, held.pop_all(), name, version, self.address, translate)
 
-    async def _greet(self, call: Any) -> session_pb2.Welcome:
+    async def _greet(self, call: Any, translate: Translate) -> session_pb2.Welcome:
         message: Any
         try:
             hello = session_pb2.Hello(schema=serde.schema(), version=installed())
@@ -310,11 +312,11 @@ class Connection:
                     fault("device.session.hello")
                     message = await call.read()
                 except grpc.aio.AioRpcError as error:
-                    raise await self.translate(error) from None
+                    raise await translate(error) from None
                 except asyncio.InvalidStateError:
                     message = grpc.aio.EOF
                 if message is grpc.aio.EOF:
-                    await _ended(call, self.translate)
+                    await _ended(call, translate)
                     raise UnreachableError(f"{self.address}: ended the session before its welcome")
         except TimeoutError:
             raise UnreachableError(f"{self.address}: did not answer in {ANSWER_SECONDS:.0f} s") from None

@@ -299,7 +299,7 @@ class Job:
         metrics = self.devices.train(device, assignment, out)
         if device in self.attackers:
             spoil(out, self.row)
-        check_metrics(metrics)
+        check_metrics(metrics, len(assignment.units))
         starts = starting_points(assignment.spec.start, assignment.adapter, self.store.path)
         check_update(out, assignment, self.machine.manifest, self.machine.config.limits.max_update_norm, starts)
         return e.UpdateAccepted(self.machine.name, assignment.key, device, self.store.adopt(out), metrics)

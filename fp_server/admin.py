@@ -161,7 +161,8 @@ class Admin(admin_pb2_grpc.AdminServicer):
                     await context.write(now)
                 async with self._coordinator.changed:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._coordinator.changed.wait(), 5.0)
+                        async with asyncio.timeout(5.0):
+                            await self._coordinator.changed.wait()
                 await asyncio.sleep(0.5)
             raise UnreachableError(STOPPING)
 

@@ -49,6 +49,8 @@ from fp_server.work import aggregate_round, choose_units
 logger = logging.getLogger("fp_server")
 
 TICK = 0.5
+STALL_SECONDS = 5.0
+"""Without a look at the clock: the process stood still (frozen, or waiting for a disk), as nobody else does with the log."""
 """Seconds between looks at the clock."""
 AGAIN = 1.0
 """Seconds until an event that must not be lost is tried again on a full disk."""
@@ -89,6 +91,8 @@ class Coordinator(Archive):
         self._elapsed = Elapsed(store.scratch.parent)
         self._bytes_down = 0
         self._failing_since: float | None = None
+        self._looked: float | None = None
+        """When the state was last looked at, by the clock."""
         """Since when the log can't be written, as far as that is not made up for yet."""
         self.draining = False
         """The server is about to stop: it begins nothing more."""
@@ -182,10 +186,15 @@ class Coordinator(Archive):
             self.note("log")
 
     def _excuse(self, machine: RunMachine, now: float) -> None:
-        """What devices said while the log could not be written was not heard: that time is not theirs."""
+        """What devices said while the log could not be written, or this process stood still, was not heard: that time is not
+        theirs."""
         if self._failing_since is not None:
             machine.pardon(now - self._failing_since, now)
             self._failing_since = now
+        elif self._looked is not None and now - self._looked > STALL_SECONDS:
+            logger.warning("the server stood still for %.0f s; that time is not the devices'", now - self._looked)
+            machine.pardon(now - self._looked, now)
+        self._looked = now
 
     @property
     def problem(self) -> str:

@@ -314,7 +314,8 @@ def _who(context: Context) -> tuple[str, bool]:
 async def _request(context: Context) -> Any:
     """The one request of a call. Raises UnreachableError when it does not come in time, ProtocolError when none comes."""
     try:
-        request = await asyncio.wait_for(context.read(), n.HELLO_SECONDS)
+        async with asyncio.timeout(n.HELLO_SECONDS):
+            request = await context.read()
     except TimeoutError:
         raise UnreachableError(f"the request did not come within {n.HELLO_SECONDS:.0f} s") from None
     if request is grpc.aio.EOF:

@@ -18,6 +18,8 @@ from fp_server.validation import LARGEST
 logger = logging.getLogger("fp_server")
 
 
+WORDS = 2000
+"""Characters of a reason that are kept: it may quote what a device has sent."""
 LONGEST = 60.0
 """Seconds that another plan of a device waits for its turn; one that had to wait longer is not taken."""
 
@@ -123,8 +125,9 @@ def _expected(coordinator: Coordinator, device: str, key: TaskKey) -> bool:
 async def reject(coordinator: Coordinator, device: str, key: TaskKey, error: FedPrunerError) -> None:
     """An update failed its checks: the device is out of this round."""
     if _expected(coordinator, device, key):
-        logger.warning("what %s sent for round %d is rejected: %s", device, key.round + 1, error)
-        await coordinator.insist(e.DeviceDropped(key.run, key, device, type(error).__name__, str(error)))
+        why = str(error)[:WORDS]
+        logger.warning("what %s sent for round %d is rejected: %s", device, key.round + 1, why)
+        await coordinator.insist(e.DeviceDropped(key.run, key, device, type(error).__name__, why))
 
 
 async def accept(coordinator: Coordinator, device: str, ready: UpdateReady) -> bool:

@@ -126,7 +126,8 @@ class Sessions(session_pb2_grpc.SessionsServicer):
 
 async def _expect_hello(context: Context) -> None:
     try:
-        first = await asyncio.wait_for(context.read(), HELLO_SECONDS)
+        async with asyncio.timeout(HELLO_SECONDS):  # not wait_for, which may swallow the cancellation of a revoked device's call
+            first = await context.read()
     except TimeoutError:
         raise UnreachableError(f"no Hello within {HELLO_SECONDS:.0f} s") from None  # frozen, perhaps: it may try again
     if first is grpc.aio.EOF or first.WhichOneof("body") != "hello":

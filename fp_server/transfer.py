@@ -124,7 +124,8 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 if older is not None:
                     await older.give_way()
                 try:
-                    first = await asyncio.wait_for(context.read(), HELLO_SECONDS)
+                    async with asyncio.timeout(HELLO_SECONDS):
+                        first = await context.read()
                 except TimeoutError:
                     raise UnreachableError(f"no header within {HELLO_SECONDS:.0f} s") from None  # it may have been frozen
                 if first is grpc.aio.EOF or first.WhichOneof("body") != "header":
@@ -173,7 +174,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             return objects_pb2.PushReply(duplicate=True)
         assignment = machine.assignment(device, ready.key)
         try:
-            check_metrics(ready.metrics)
+            check_metrics(ready.metrics, len(assignment.units))
         except UpdateRejected as error:
             await reject(self._coordinator, device, ready.key, error)
             raise

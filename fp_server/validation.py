@@ -150,8 +150,11 @@ def _check_cancelling(name: str, scale: float, trained: Product) -> float:
     return size
 
 
-def check_metrics(metrics: UpdateMetrics) -> None:
-    """Raise UpdateRejected, naming the figure, for what can't have been measured: status shows and averages these."""
+def check_metrics(metrics: UpdateMetrics, units: int) -> None:
+    """Raise UpdateRejected, naming the figure, for what can't have been measured: status shows and averages these, and the log
+    keeps them. `units`: of the assignment."""
+    if len(metrics.unit_fidelity) > units:
+        raise UpdateRejected(f"the update's unit_fidelity has {len(metrics.unit_fidelity)} values, for {units} units")
     for name in ("tokens_per_second", "seconds", "predicted_step_seconds", "step_seconds"):
         if not 0 <= (value := getattr(metrics, name)) <= LARGEST:
             raise UpdateRejected(f"the update's {name} is {value:.4g}, it must lie between 0 and {LARGEST:.0e}")

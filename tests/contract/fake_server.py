@@ -97,6 +97,8 @@ class FakeSessions(session_pb2_grpc.SessionsServicer):
                     return
                 if message == "cut":
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
+                if isinstance(message, FedPrunerError):
+                    await wire.abort(context, message)
                 yield message
                 telling = asyncio.create_task(self.tell.get())
         finally:

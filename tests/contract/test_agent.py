@@ -622,6 +622,45 @@ def test_a_plan_that_fails_for_the_moment_is_tried_again_before_it_is_a_refusal(
     against(tmp_path, body)
 
 
+def test_a_device_that_was_refused_for_the_moment_is_asked_again_after_a_while(tmp_path, monkeypatch):
+    """The server asks whoever connects; nothing else would bring the device back before its session ends, which may be weeks."""
+    monkeypatch.setattr("fp_client.plans.PAUSES", (0.01,))
+    monkeypatch.setattr("fp_client.plans.AGAIN_SECONDS", 0.2)
+
+    async def body(server):
+        work = FakeWork()
+        work.error = StorageError("the disk is full")
+        async with Device(server, tmp_path, work) as device:
+            assert "StorageError" in (await device.joins()).refusal
+            work.error = None
+            await device.until(lambda: server.sessions.opened == 2)
+            assert (await device.joins()).refusal == ""
+            await asyncio.sleep(0.5)
+            assert server.sessions.opened == 2
+        async with Device(server, tmp_path, policy=Policy(max_steps=1)) as device:  # time does not mend that
+            assert "PolicyError" in (await device.joins()).refusal
+            await asyncio.sleep(0.5)
+            assert server.sessions.opened == 3
+
+    against(tmp_path, body)
+
+
+def test_a_policy_that_was_changed_holds_for_runs_the_device_had_joined(tmp_path):
+    """After a restart a server sends the outstanding task, without asking what the device can hold."""
+
+    async def body(server):
+        async with Device(server, tmp_path) as device:
+            await device.joins()
+        async with Device(server, tmp_path, policy=Policy(models=("other",))) as device:
+            for kind, task in (("probe", probe_task()), ("assignment", assignment())):
+                await device.hears(kind, task)
+                failed = await server.sessions.next("failed")
+                assert failed.error == "PolicyError" and "models: " in failed.message
+            assert device.work.begun == []
+
+    against(tmp_path, body)
+
+
 def test_a_budget_too_small_is_refused_with_the_smallest(tmp_path):
     async def body(server):
         async with Device(server, tmp_path) as device:

@@ -296,6 +296,48 @@ def test_a_certificate_replaced_by_hand_is_taken_up_without_a_restart(tmp_path):
     against(tmp_path, body)
 
 
+def test_a_replaced_certificate_may_end_under_the_session_it_opened(tmp_path):
+    """A server ends the session when the old one ends: that is no reason to end the daemon, which has another."""
+
+    async def body(server):
+        async with Device(server, tmp_path) as device:
+            await device.joins()
+            server.ca.join(tmp_path)
+            await server.sessions.tell.put(IdentityError("the certificate has expired"))
+            await device.until(lambda: server.sessions.opened == 2)
+            assert server.sessions.serials[1] == serial(tmp_path / "device.pem") != server.sessions.serials[0]
+            await device.hears("probe", probe_task())
+            await server.sessions.next("probe")
+            await server.sessions.tell.put(IdentityError("revoked"))  # of the one that is there, it ends the daemon
+            with pytest.raises(IdentityError, match="revoked"):
+                await asyncio.wait_for(device.running, 20)
+
+    against(tmp_path, body)
+
+
+def test_a_session_that_was_being_opened_when_another_was_wanted_is_opened_anew(tmp_path):
+    async def body(server):
+        async with Device(server, tmp_path) as device:
+            await device.joins()
+            whole, times = device.agent._open, []
+
+            async def opening():
+                session = await whole()
+                if not times:
+                    times.append(1)
+                    await device.agent.reconnect()
+                return session
+
+            device.agent._open = opening
+            await server.sessions.tell.put("cut")
+            await device.until(lambda: server.sessions.opened == 3)
+            await device.hears("probe", probe_task())
+            await server.sessions.next("probe")
+            assert server.sessions.opened == 3
+
+    against(tmp_path, body)
+
+
 def test_a_damaged_certificate_on_disk_does_not_take_the_good_one_away(tmp_path, caplog):
     async def body(server):
         async with Device(server, tmp_path) as device:

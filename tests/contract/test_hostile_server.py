@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from test_agent import KEY, SPEC, TRAIN, Device, FakeWork, against, assignment, probe_task
 
+from common.bucket import Bucket
 from common.errors import OffsetError, PolicyError
 from common.pb import session_pb2
 from common.transport import serde
@@ -388,6 +389,23 @@ def test_a_flood_of_tasks_and_cancels_is_left_unread(tmp_path, monkeypatch):
             await device.hears("probe", probe_task(key=TaskKey("r", 1, 0)))
             await server.sessions.next("probe")
             assert server.sessions.opened == 1 and not server.objects.accepted
+
+    against(tmp_path, body)
+
+
+def test_messages_are_counted_over_all_sessions(tmp_path, monkeypatch):
+    """Or a server that ends each after a burst could have its next one at once."""
+    made = []
+    monkeypatch.setattr(agent_module, "Bucket", lambda *given: made.append(given) or Bucket(*given))
+
+    async def body(server):
+        async with Device(server, tmp_path) as device:
+            await device.joins()
+            await server.sessions.tell.put("cut")
+            await device.until(lambda: server.sessions.opened == 2)
+            await device.hears("probe", probe_task())
+            await server.sessions.next("probe")
+        assert len(made) == 1
 
     against(tmp_path, body)
 

@@ -120,7 +120,7 @@ def push_header(data: bytes) -> None:
         return
     try:
         ready = serde.ready_from_pb(m)
-        check_metrics(ready.metrics)
+        check_metrics(ready.metrics, 2)
         read_back(e.UpdateAccepted("r", ready.key, "alice", ready.ref, ready.metrics))
         tell(e.UpdateAccepted("r", ready.key, "alice", ready.ref, ready.metrics))
     except (ProtocolError, UpdateRejected):

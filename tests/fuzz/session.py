@@ -294,7 +294,7 @@ class Case:
         path = self.directory / "arrived"
         path.write_bytes(data)
         try:
-            check_metrics(ready.metrics)
+            check_metrics(ready.metrics, len(assignment.units))
             if digest_of(data) != ready.ref.digest or len(data) != ready.ref.size:
                 return
             check_update(path, assignment, machine.manifest)

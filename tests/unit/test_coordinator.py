@@ -428,6 +428,27 @@ def test_the_time_of_a_full_disk_counts_against_nobody(tmp_path, database):
     with_coordinator(tmp_path, database, body, log)
 
 
+def test_time_in_which_the_server_stood_still_is_nobodys(tmp_path, database, caplog):
+    """Frozen for an hour, or waiting so long for its disk: what was said meanwhile is heard after a look at the clock."""
+    log, now = SlowLog(database), [1000.0]
+
+    async def body(coordinator):
+        coordinator.clock = lambda: now[0]
+        key = await both_drawn(coordinator)
+        await coordinator.post(c.Tick())
+        now[0] += 3600.0
+        await coordinator.post(c.Tick())
+        await coordinator.insist(probed(key, "a"))
+        assert "the server stood still for 3600 s; that time is not the devices'" in caplog.messages
+        assert not any(isinstance(event, e.DeviceDropped) for _, event in coordinator.log.replay("r"))
+        for _ in range(301):  # silence while the server is well is a device's own
+            now[0] += 2.0
+            await coordinator.post(c.Tick())
+        assert {event.device for _, event in coordinator.log.replay("r") if isinstance(event, e.DeviceDropped)} == {"b"}
+
+    with_coordinator(tmp_path, database, body, log)
+
+
 def test_a_moment_of_a_full_disk_does_not_keep_who_is_silent(tmp_path, database):
     """The one thing to be written is that a device is out, and it met a full disk: when there is room the next look writes it."""
     log, now = SlowLog(database), [1000.0]
@@ -435,7 +456,10 @@ def test_a_moment_of_a_full_disk_does_not_keep_who_is_silent(tmp_path, database)
     async def body(coordinator):
         coordinator.clock = lambda: now[0]
         await both_drawn(coordinator)
-        now[0] += 601.0
+        for _ in range(150):  # not at once: a clock that nobody looks at for long is the server's own silence
+            now[0] += 4.0
+            await coordinator.post(c.Tick())
+        now[0] += 1.0
         log.full = True
         await coordinator.post(c.Tick())
         await coordinator.look_at_log()
@@ -448,6 +472,18 @@ def test_a_moment_of_a_full_disk_does_not_keep_who_is_silent(tmp_path, database)
         assert out == ["a", "b"]
 
     with_coordinator(tmp_path, database, body, log)
+
+
+def test_a_revoked_device_is_not_drawn_for_the_round_that_its_going_opens(tmp_path, database):
+    async def body(coordinator):
+        key = await both_drawn(coordinator)
+        await coordinator.post(e.DeviceDropped("r", key, "b", "WorkerError", "x"))
+        await kick(coordinator, "a")  # no update is left to come: the round is given up, and another one would be opened
+        opened = [event for _, event in coordinator.log.replay("r") if isinstance(event, e.RoundOpened)]
+        assert all("a" not in event.drawn for event in opened[1:])
+        assert "a" not in coordinator.active.connected and "b" in coordinator.active.connected
+
+    with_coordinator(tmp_path, database, body)
 
 
 def test_a_revoked_device_takes_its_update_out_of_the_open_round(tmp_path, database):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -250,12 +252,37 @@ def test_an_assignment_that_does_not_fit_the_model_is_the_servers_mistake(tmp_pa
         (UpdateMetrics(loss_last=-1e40), "loss_last is -1e[+]40"),
         (UpdateMetrics(fidelity=1e300), "fidelity is 1e[+]300"),
         (UpdateMetrics(fidelity=0.5, unit_fidelity=(0.5, -3.0)), "fidelity is -3"),
+        (UpdateMetrics(unit_fidelity=(0.5,) * 4), "unit_fidelity has 4 values, for 3 units"),
     ],
 )
 def test_figures_that_no_device_can_have_measured_are_named(metrics: UpdateMetrics, named: str) -> None:
     with pytest.raises(UpdateRejected, match=named):
-        check_metrics(metrics)
+        check_metrics(metrics, 3)
 
 
 def test_measured_figures_pass() -> None:
-    check_metrics(UpdateMetrics(11.5, -0.0, 1e6, 1, 1, 1e5, 0.0, 3e3, 1.0 + 1e-6, (-1.0, 0.0, 1.0)))
+    check_metrics(UpdateMetrics(11.5, -0.0, 1e6, 1, 1, 1e5, 0.0, 3e3, 1.0 + 1e-6, (-1.0, 0.0, 1.0)), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "place"),
+    [
+        ("x", "F32", ", ".join(["9" * 4000] * 300), "0, 4"),
+        ("x", "F32", ", ".join(["1"] * 100_000), "0, 4"),
+        ("x", "F32", "1", "0, " + "9" * 4000),
+        ("x" * 500_000, "F32", "2", "0, 4"),
+        ("x" * 500_000, "X", "1", "0, 4"),
+        ("x", "X" * 500_000, "1", "0, 4"),
+        ("x" * 500_000, "F32", "1", "4, 8"),
+    ],
+)
+def test_a_header_that_is_made_to_cost_time_or_to_fill_the_log_does_neither(
+    tmp_path: Path, name: str, dtype: str, shape: str, place: str
+) -> None:
+    """A product of numbers of 4,000 digits takes minutes, in which nothing else of the process runs."""
+    header = f'{{"{name}": {{"dtype": "{dtype}", "shape": [{shape}], "data_offsets": [{place}]}}}}'.encode()
+    (tmp_path / "update").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")
+    begun = time.process_time()
+    with pytest.raises(UpdateRejected) as refused:
+        check_update(tmp_path / "update", ASSIGNMENT, MANIFEST)
+    assert time.process_time() - begun < 2 and len(str(refused.value)) < 400
