@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import struct
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 BLOCK = 64
 """Weights that share a scale (QLoRA's)."""
 FORMAT = "nf4-64-1"
+_ABANDONED = 3600.0
+"""Seconds after which a temporary file that nobody has written to is nobody's, whoever has its pid now."""
 _ZERO_DIGEST = "0" * 64
 
 
@@ -103,6 +107,7 @@ class Nf4Store:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._sweep(layer)
             fault("worker.store.write")
             self._write(temporary, layer, modules)
             fault("worker.store.written")
@@ -114,6 +119,13 @@ class Nf4Store:
             raise StorageError(f"{path}: can't store the quantized layer: {error.strerror}; {advice}") from None
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _sweep(self, layer: int) -> None:
+        """Remove the layer's temporaries that killed processes have left; another process may be writing one right now."""
+        for path in self.directory.glob(f"{self.path(layer).stem}.*.tmp"):
+            with suppress(OSError):
+                if not _alive(path.name.split(".")[1]) or time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
 
     def _write(self, path: Path, layer: int, modules: Sequence[str]) -> None:
         functional = _bitsandbytes().functional
@@ -145,6 +157,19 @@ class Nf4Store:
             out.write(digest.hexdigest().encode())
             out.flush()
             os.fsync(out.fileno())
+
+
+def _alive(pid: str) -> bool:
+    """Whether another process has this pid. One of ours is left from before: in a container pids repeat."""
+    try:
+        if int(pid) == os.getpid():
+            return False
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 
 def _elements(checkpoint: Checkpoint, layer: int, module: str) -> int:

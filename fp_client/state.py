@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from common.codec import from_json, to_json
@@ -20,6 +21,8 @@ from fp_client.cache import storage_error
 
 KEPT = 32
 """Runs that are remembered: a server that starts ever new ones can't fill the disk."""
+_ENDINGS = (".json", ".json.tmp", ".safetensors", ".safetensors.new")
+"""What follows a run's name in its files of the outbox; a run's name has dots too, and no two runs share a file."""
 
 
 def _write(path: Path, value: object) -> None:
@@ -72,7 +75,9 @@ class Outbox:
     """At most one finished update a run: kept until a later one or the run's end, so that it is never trained twice."""
 
     def __init__(self, directory: Path) -> None:
+        """`directory`: the specs of the runs that are remembered lie beside it, in `runs`."""
         self.directory = directory
+        self._runs = directory.parent / "runs"
 
     def blank(self, run: str) -> Path:
         """Where a task may write its update. Raises StorageError."""
@@ -80,20 +85,35 @@ class Outbox:
             make_directory(self.directory)
         except OSError as error:
             raise storage_error(self.directory, error) from None
-        return self.directory / f"{run}.new.safetensors"
+        return self.directory / f"{run}.safetensors.new"
 
     def put(self, task: Assignment, update: Path, metrics: UpdateMetrics) -> UpdateReady:
-        """Take a written update in; what was there for its run goes. Raises StorageError."""
+        """Take a written update in; what was there for its run goes. Raises StorageError.
+
+        This may be a thread whose task was cancelled because the run is over: then nothing of the update stays.
+        """
         run = task.key.run
         ready = UpdateReady(task.key, ObjectRef(digest_file(update), update.stat().st_size), metrics)
-        self.drop(run)
+        self._drop_update(run)
         try:
             update.replace(self.path(run))
             fault("device.outbox.moved")
         except OSError as error:
             raise storage_error(self.path(run), error) from None
         _write(self.directory / f"{run}.json", {"work": work_digest(task), "ready": to_json(ready)})
+        self.sweep()
         return ready
+
+    def sweep(self) -> None:
+        """Drop what there is of runs that are not remembered: nobody will name them any more, their end was not heard or came
+        while an update was taken in. For the daemon's start; what can't be deleted stays."""
+        if not self._runs.is_dir():  # a device that has joined no run, or not a device's directory
+            return
+        names = [path.name for path in self.directory.glob("[a-z0-9]*")]
+        for run in {name.removesuffix(ending) for name in names for ending in _ENDINGS if name.endswith(ending)}:
+            with suppress(OSError):
+                if not (self._runs / f"{run}.json").exists():  # looked up after its file was seen: a run is remembered first
+                    self.drop(run)
 
     def path(self, run: str) -> Path:
         """The file of a run's update."""
@@ -115,12 +135,18 @@ class Outbox:
         try:
             entry = json.loads((self.directory / f"{key.run}.json").read_text())
             if from_json(UpdateReady, entry["ready"]).key == key:
-                self.drop(key.run)
+                self._drop_update(key.run)  # a later task of the run may be writing its own
         except (OSError, ValueError, KeyError, TypeError):
             pass
 
     def drop(self, run: str) -> None:
-        """Drop a run's update; the note goes first, so that no note ever names bytes that are gone or others."""
+        """Drop all there is of a run: its update, and what a killed training or daemon has left half-written."""
+        self._drop_update(run)
+        for ending in _ENDINGS:
+            (self.directory / f"{run}{ending}").unlink(missing_ok=True)
+
+    def _drop_update(self, run: str) -> None:
+        """The note goes first, so that no note ever names bytes that are gone or others."""
         (self.directory / f"{run}.json").unlink(missing_ok=True)
         fault("device.outbox.dropped")
         self.path(run).unlink(missing_ok=True)

@@ -8,7 +8,10 @@ a model of a few kilobytes goes through the same loader, probe and training that
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,15 @@ _SHAPES = {
     "mlp.down_proj": (_D, _M),
 }  # fmt: skip
 _LINEAR = tuple(sorted(name for name, shape in _SHAPES.items() if len(shape) == 2))
+_PREFIX = "fedpruner-warm-"
+_ABANDONED = 3600.0
+"""Seconds after which a directory of a warm-up, which takes some seconds, is nobody's."""
 
 
 def warm_up(device: str, dtype: torch.dtype, quantization: Quantization) -> None:
     """One probe and two training steps of a tiny random llama, on the given device."""
-    with tempfile.TemporaryDirectory(prefix="fedpruner-warm-") as name:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
         directory = Path(name)
         _write(directory)
         checkpoint = Checkpoint(directory)
@@ -52,6 +59,14 @@ def warm_up(device: str, dtype: torch.dtype, quantization: Quantization) -> None
             train(submodel, [batch, batch], spec, 1)
         finally:
             checkpoint.close()
+
+
+def _sweep() -> None:
+    """Remove what workers that were killed while they warmed up have left."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > _ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(directory: Path) -> None:

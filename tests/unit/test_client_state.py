@@ -98,6 +98,71 @@ def test_one_update_a_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_dropping_a_run_leaves_nothing_of_it(tmp_path):
+    outbox = Outbox(tmp_path)
+    put(outbox, TASK, b"update")
+    outbox.blank("r").write_bytes(b"a training that was killed")
+    (tmp_path / "r.json.tmp").write_bytes(b"a daemon that was killed")
+    put(outbox, replace(TASK, key=replace(KEY, run="r.new")), b"of another run")
+    outbox.drop("r")
+    assert names(tmp_path) == {"r.new.json", "r.new.safetensors"}
+
+
+def test_dropping_an_older_update_leaves_the_one_that_is_being_written(tmp_path):
+    outbox = Outbox(tmp_path)
+    put(outbox, TASK, b"first")
+    path = outbox.blank("r")
+    path.write_bytes(b"second")
+    outbox.drop_task(KEY)
+    assert names(tmp_path) == {path.name}
+
+
+def test_an_update_whose_run_ends_while_it_is_taken_in_does_not_stay(tmp_path, monkeypatch):
+    """`put` is a thread: the task that waits for it is cancelled, and what it does comes after the run's files were dropped."""
+    runs, outbox = Runs(tmp_path / "runs"), Outbox(tmp_path / "outbox")
+    runs.remember(SPEC)
+
+    def ended(point: str, which: str = "") -> None:
+        if (point, which) == during:
+            runs.forget("r")
+            outbox.drop("r")
+
+    monkeypatch.setattr("fp_client.state.fault", ended)
+    for during in (("device.outbox.moved", ""), ("device.state.write", "outbox"), ("device.state.renamed", "outbox")):
+        runs.remember(SPEC)
+        put(outbox, TASK, b"update")
+        assert names(tmp_path / "outbox") == set(), during
+
+
+def test_what_there_is_of_runs_that_nobody_remembers_goes(tmp_path):
+    runs, outbox = Runs(tmp_path / "runs"), Outbox(tmp_path / "outbox")
+    lost = replace(TASK, key=replace(KEY, run="lost"))
+    put(outbox, lost, b"no run was joined here")
+    (tmp_path / "outbox" / "stuck.json").mkdir()  # unlink refuses a directory
+    assert outbox.find(lost) is not None
+    runs.remember(SPEC)
+    outbox.blank("r").write_bytes(b"being written")
+    for name in ("a.b.safetensors", "c.new.safetensors", "d.safetensors.new", "e.json.tmp", ".f.json", "notes.txt"):
+        (tmp_path / "outbox" / name).write_bytes(b"left")
+    left = {"stuck.json", ".f.json", "notes.txt"}
+    outbox.sweep()
+    assert names(tmp_path / "outbox") == left | {outbox.blank("r").name}
+    (tmp_path / "outbox" / "g.safetensors").write_bytes(b"left")
+    assert put(outbox, TASK, b"update") == outbox.find(TASK)
+    assert names(tmp_path / "outbox") == left | {"r.json", "r.safetensors"}
+
+
+def test_a_device_without_an_outbox_has_nothing_to_sweep(tmp_path):
+    Outbox(tmp_path / "outbox").sweep()
+    Runs(tmp_path / "runs").remember(SPEC)
+    Outbox(tmp_path / "outbox").sweep()
+    assert names(tmp_path) == {"runs"}
+
+
 def ref_of(data: bytes) -> ObjectRef:
     return ObjectRef(hashlib.sha256(data).hexdigest(), len(data))
 

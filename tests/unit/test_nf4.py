@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +111,24 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(StorageError, match="No space left on device; free some space"):
         one_entry(checkpoint, tmp_path)
     assert not list((tmp_path / "store").rglob("layer-*"))
+
+
+def test_what_a_kill_left_of_a_layer_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tiny.make("llama", tmp_path))
+    path = Nf4Store(tmp_path / "store", checkpoint, FINGERPRINT).path(0)
+    path.parent.mkdir(parents=True)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as alive:  # ends with this block
+        stays = {path.with_suffix(f".{alive.pid}.tmp"), path.with_name(f"layer-00001.{os.getpid()}.tmp")}
+        reused = path.with_suffix(f".{os.getppid()}.tmp")
+        goes = {reused, *(path.with_suffix(f".{pid}.tmp") for pid in (dead.pid, os.getpid(), 10**30, "x"))}
+        for one in stays | goes:
+            one.write_bytes(b"half a layer")
+        long_ago = time.time() - 2 * 3600
+        os.utime(reused, (long_ago, long_ago))
+        one_entry(checkpoint, tmp_path)
+        assert set(path.parent.iterdir()) == {path} | stays
 
 
 def test_stored_bits_are_about_four_and_a_half_a_weight(tmp_path: Path) -> None:
