@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
+from common.errors import StorageError
+from common.files import sync_directory
 from common.transport import enroll, wire
 from common.transport.enroll import Joined, Say
 from fp_client.config import EXAMPLE, FILE
@@ -24,16 +30,54 @@ async def join(
 
 
 def write_server(path: Path, server: str) -> None:
-    """Put `server` into client.toml, keeping whatever else its owner wrote; make a commented file when there is none."""
+    """Put `server` into client.toml, keeping whatever else its owner wrote; make a commented file when there is none.
+
+    Raises OSError, and StorageError with what to write into a file that can't be replaced.
+    """
     line = f"server = {json.dumps(server)}"
     if not path.exists():
-        path.write_text(EXAMPLE.format(server=json.dumps(server)))
+        _replace(path, EXAMPLE.format(server=json.dumps(server)))
         return
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     head, bracket, rest = re.match(r"(?s)(.*?)((?:^\s*\[)|\Z)(.*)", text, re.MULTILINE).groups()  # type: ignore[union-attr]
     if re.search(r"(?m)^\s*server\s*=", head):
         head = re.sub(r"(?m)^\s*server\s*=.*$", lambda _: line, head, count=1)
     else:
         head = f"{line}\n{head}"
     if head + bracket + rest != text:  # what says so already may be read-only, as a container's is
-        path.write_text(head + bracket + rest)
+        try:
+            _replace(path, head + bracket + rest)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            raise StorageError(
+                f"{path}: can't be replaced, it is mounted by itself; put this line into it where it is kept, above its "
+                f"first [section], and join again: {line}"
+            ) from None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file durably and in one step: whatever happens, the old one or the new one is there. Raises OSError."""
+    path = path.resolve()  # where it is a link, the file it names
+    old = path.exists()
+    if old:
+        with path.open("r+b"):
+            pass  # one that must not be written is not replaced either
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # a crash may have left one
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if old else 0o666)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            if old:
+                with contextlib.suppress(PermissionError):
+                    os.chown(temporary, path.stat().st_uid, path.stat().st_gid)
+                shutil.copystat(path, temporary)
+                os.utime(temporary)
+            os.fsync(fd)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)

@@ -54,7 +54,7 @@ AGAIN = 5
 """Times in a row a push asks again for such a reason."""
 
 OnBytes = Callable[[int, int], None]
-"""(bytes done, bytes in all)."""
+"""(bytes done, bytes in all); a push says so of a piece that is about to be sent."""
 
 
 @dataclass
@@ -256,10 +256,10 @@ async def _pieces(
             file.seek(offset)
             done = offset
             while piece := file.read(wire.CHUNK):
+                done += len(piece)
+                progress(done, ready.ref.size)  # before: a stream that breaks while the piece is under way never comes back here
                 yield objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=piece))
                 fault("device.push.middle")
-                done += len(piece)
-                progress(done, ready.ref.size)
         fault("device.push.end")
     except Exception as error:
         broken.append(_unreadable(path, error) if isinstance(error, OSError) else error)

@@ -7,7 +7,7 @@ import logging
 import threading
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common.checkpoint import Checkpoint, cached_fingerprint
 from common.errors import FedPrunerError, ProtocolError, UpdateRejected, WorkerError
@@ -35,6 +35,12 @@ from fp_client.planner import Limits, Plan, plan
 from fp_client.pool import Worker
 
 log = logging.getLogger(__name__)
+
+KEPT = 16
+"""Plans, and paces, that are remembered."""
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 def resolve_device(wanted: str) -> str:
@@ -67,6 +73,14 @@ def setting_of(config: ClientConfig, section: ModelSection, checkpoint: Checkpoi
     return Setting.of(checkpoint, section.quantization, config.dtype, config.threads)
 
 
+def _remember(known: dict[K, V], key: K, value: V) -> None:
+    """Put it last, and forget what has stood there longest: a server may ask about ever other runs."""
+    known.pop(key, None)
+    known[key] = value
+    while len(known) > KEPT:
+        del known[next(iter(known))]
+
+
 def _pace_key(spec: RunSpec) -> tuple[Any, ...]:
     """What a device's pace depends on, besides its own settings."""
     train = spec.train
@@ -96,6 +110,7 @@ class LocalWork:
         self._worker: Worker | None = None
         self._plans: dict[RunSpec, Plan] = {}
         self._paces: dict[tuple[Any, ...], Pace] = {}
+        self._reading = asyncio.Lock()
 
     def rebudget(self, config: ClientConfig) -> bool:
         """Take up another configuration's budget and bound on disk; whether they are others. Runs are planned anew, and a task
@@ -142,7 +157,7 @@ class LocalWork:
 
     async def plan(self, spec: RunSpec) -> PlanReport:
         """Data counted with the tokenizer, and what the budget holds. Raises BudgetError with the smallest that would do."""
-        first = await asyncio.to_thread(self.planned, spec)  # a budget too small is refused before a worker starts
+        first = await self._planned(spec)  # a budget too small is refused before a worker starts
         worker = await self.worker(spec)
         window = max(spec.train.sequence_length, spec.probe.sequence_length)
         check = await worker.run("check", CheckArgs(window), CheckResult)
@@ -167,13 +182,30 @@ class LocalWork:
         finally:
             checkpoint.close()
 
+    async def _planned(self, spec: RunSpec, pace: Pace | None = None) -> Plan:
+        """`planned` in a thread, one at a time: it holds the whole data set, and goes on when who waits for it is cancelled."""
+        await self._reading.acquire()
+
+        def ended(thread: asyncio.Future[Plan]) -> None:
+            self._reading.release()
+            if not thread.cancelled():
+                thread.exception()  # looked at: where nobody waits any more it is no news
+
+        try:
+            thread = asyncio.get_running_loop().run_in_executor(None, self.planned, spec, pace)
+        except BaseException:
+            self._reading.release()
+            raise
+        thread.add_done_callback(ended)
+        return await asyncio.shield(thread)
+
     async def probe(self, spec: RunSpec, task: ProbeTask, adapter: tuple[AdapterFile, ...], progress: OnProgress) -> ProbeReport:
         """Run the probe in the worker."""
         await asyncio.to_thread(check_ranks, adapter, spec.broadcast_rank)
         worker = await self.worker(spec)
         planned = self._plans.get(spec)
         if planned is None:  # without a pace: a probe's memory doesn't depend on it
-            planned = await asyncio.to_thread(self.planned, spec)
+            planned = await self._planned(spec)
         return await worker.run("probe", ProbeArgs(task, adapter), ProbeReport, progress, planned.probe.peak)
 
     async def train(
@@ -194,9 +226,9 @@ class LocalWork:
     async def _remembered(self, spec: RunSpec, first: Plan | None = None) -> Plan:
         """The run's plan; made again after a restart. `first`: the plan without a pace, where it is known."""
         if spec not in self._plans:
-            planned: Plan = first if first is not None else await asyncio.to_thread(self.planned, spec)
+            planned = first if first is not None else await self._planned(spec)
             pace = await self.pace(spec, planned)
-            self._plans[spec] = planned if pace is None else await asyncio.to_thread(self.planned, spec, pace)
+            _remember(self._plans, spec, planned if pace is None else await self._planned(spec, pace))
         return self._plans[spec]
 
     async def pace(self, spec: RunSpec, first: Plan | None = None) -> Pace | None:
@@ -206,16 +238,17 @@ class LocalWork:
         Raises BudgetError where nothing fits.
         """
         key = _pace_key(spec)
-        if key not in self._paces:
-            planned: Plan = first if first is not None else await asyncio.to_thread(self.planned, spec)
+        if (pace := self._paces.get(key)) is None:
+            planned = first if first is not None else await self._planned(spec)
             rows = min(mode.micro_batch for mode in planned.modes)
             try:
                 worker = await self.worker(spec)
-                self._paces[key] = await worker.run("pace", PaceArgs(spec.train, spec.broadcast_rank, rows), Pace)
+                pace = await worker.run("pace", PaceArgs(spec.train, spec.broadcast_rank, rows), Pace)
             except FedPrunerError as error:
                 log.warning("run %s: step times are not predicted: %s", spec.run, error)
                 return None
-        return self._paces[key]
+        _remember(self._paces, key, pace)  # also one that was known: it outlives the plans that are made with it
+        return pace
 
     async def worker(self, spec: RunSpec) -> Worker:
         """The warm worker for a run's model; another model's is ended first."""

@@ -320,6 +320,9 @@ def assignment_from_pb(m: session_pb2.Assignment) -> t.Assignment:
     """Message -> Assignment."""
     if len(m.units) > MAX_UNITS or len(m.groups) > MAX_UNITS:
         raise ProtocolError("assignment: more units or groups than any model has")
+    # No unit is in two groups. Empty groups hold nothing, and their number is bounded.
+    if sum(len(g.units) for g in m.groups) > MAX_UNITS or sum(len(g.probabilities) for g in m.groups) > MAX_UNITS:
+        raise ProtocolError("assignment.groups: more units or probabilities than any model has units")
     units = tuple(unit_from_pb(u) for u in m.units)
     if not units or list(units) != sorted(set(units)):
         raise ProtocolError("assignment.units: must be at least one, in model order, without repeats")

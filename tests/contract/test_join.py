@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import resource
 import stat
 
 import pytest
 from fake_ca import FakeCa
 from fake_server import SECRET, serving
 
-from common.errors import IdentityError, TokenError, UnreachableError
+from common.errors import IdentityError, StorageError, TokenError, UnreachableError
 from common.transport import tls
 from common.transport.wire import Backoff
 from fp_client.config import load_config
 from fp_client.enroll import join, write_server
 from fp_client.rpc import Connection
+from tests.unit.disk import Disk
 
 QUICK = Backoff(first=0.01, longest=0.02, attempts=3)
+MINE = '# mine\nserver = "here:1"\n[budget]\nhost = "1GiB"\n'
 
 
 def test_join_fills_the_directory_and_the_certificate_opens_a_session(tmp_path):
@@ -175,15 +180,74 @@ def test_join_keeps_what_the_owner_wrote(tmp_path):
 def test_a_configuration_that_names_the_server_already_is_not_written_and_may_be_read_only(tmp_path, monkeypatch):
     """As a container's client.toml is, mounted from outside."""
     path = tmp_path / "client.toml"
-    path.write_text('# mine\nserver = "here:1"\n[budget]\nhost = "1GiB"\n')
+    path.write_text(MINE)
+    real = type(path).open
 
-    def refuse(*_):
-        raise OSError(30, "Read-only file system")
+    def read_only(self, mode="r", *rest, **named):
+        if self == path and mode not in ("r", "rb"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(self, mode, *rest, **named)
 
-    monkeypatch.setattr(type(path), "write_text", refuse)
+    monkeypatch.setattr(type(path), "open", read_only)
     write_server(path, "here:1")
     with pytest.raises(OSError, match="Read-only"):
         write_server(path, "there:1")
+    assert path.read_text() == MINE and [p.name for p in tmp_path.iterdir()] == ["client.toml"]
+
+
+def test_a_disk_that_is_full_leaves_the_owners_configuration_as_it_was(tmp_path):
+    path = tmp_path / "client.toml"
+    path.write_text(MINE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_server(path, "there:1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == MINE and [p.name for p in tmp_path.iterdir()] == ["client.toml"]
+
+
+def test_a_configuration_is_replaced_in_one_step_and_for_good(tmp_path, monkeypatch):
+    path = tmp_path / "client.toml"
+    path.write_text(MINE)
+    (tmp_path / "client.toml.tmp").write_text("left by a crash")
+    disk = Disk(tmp_path, monkeypatch)
+    disk.contents[path.stat().st_ino] = path.read_bytes()
+    with path.open() as before:
+        write_server(path, "there:1")
+        assert before.read() == MINE, "the old file was not touched"
+    assert disk.after_the_power_went() == {"client.toml": MINE.replace("here", "there").encode()}
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_configuration_keeps_its_mode_its_owner_and_its_place(tmp_path, mode):
+    (tmp_path / "kept").mkdir()
+    path, link = tmp_path / "kept/mine.toml", tmp_path / "client.toml"
+    path.write_text(MINE)
+    path.chmod(mode)
+    if os.getuid() == 0:
+        os.chown(path, 1234, 1235)
+    before = path.stat()
+    link.symlink_to(path)
+    write_server(link, "there:1")
+    after = path.stat()
+    assert link.is_symlink() and load_config(tmp_path).server == "there:1" and after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+def test_a_configuration_mounted_by_itself_is_for_its_owner_to_write(tmp_path, monkeypatch):
+    path = tmp_path / "client.toml"
+    path.write_text(MINE)
+
+    def busy(self, target):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(self), None, str(target))
+
+    monkeypatch.setattr(type(path), "replace", busy)
+    with pytest.raises(StorageError, match=r'client\.toml: can\'t be replaced.* join again: server = "there:1"$'):
+        write_server(path, "there:1")
+    assert path.read_text() == MINE and [p.name for p in tmp_path.iterdir()] == ["client.toml"]
+    write_server(path, "here:1")  # as it is once its owner did so
 
 
 def test_the_example_configuration_is_valid_with_and_without_its_comments(tmp_path):

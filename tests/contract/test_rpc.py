@@ -30,7 +30,7 @@ from common.transport import serde, wire
 from common.types import ObjectRef, Progress, TaskKey, UpdateMetrics, UpdateReady
 from fp_client.cache import ObjectCache
 from fp_client.rpc import Connection, Session, _reason
-from fp_client.rpc_objects import AGAIN, MAX_OBJECT, Transfer
+from fp_client.rpc_objects import AGAIN, MAX_OBJECT, Sent, Transfer, _pieces
 from fp_client.says import Cancel, RunEnded
 
 QUICK = wire.Backoff(first=0.01, longest=0.02, attempts=4)
@@ -272,6 +272,31 @@ def update(tmp_path, size: int) -> tuple[UpdateReady, object]:
     path = tmp_path / "update"
     path.write_bytes(data_of(size))
     return UpdateReady(KEY, ObjectRef(digest_file(path), size), UpdateMetrics(2.0, 1.0)), path
+
+
+def test_a_piece_under_way_when_its_stream_breaks_has_been_sent(tmp_path):
+    """gRPC ends the generator where it stands: nothing after the `yield` runs."""
+
+    async def main():
+        ready, path = update(tmp_path, 2 * wire.CHUNK)
+        told = []
+        pieces = _pieces(ready, 5, path, lambda done, total: told.append(done), [])
+        assert (await anext(pieces)).HasField("header") and told == []
+        assert (await anext(pieces)).HasField("chunk")
+        await pieces.aclose()
+        return told
+
+    assert asyncio.run(main()) == [5 + wire.CHUNK]
+
+
+def test_what_is_sent_again_counts_also_when_a_stream_breaks_in_its_only_piece(tmp_path):
+    async def body(server, connection):
+        ready, path = update(tmp_path, 3000)
+        server.objects.cuts, sent = [1, 2], Sent()
+        assert await Transfer(connection).push(ready, path, sent=sent) is False
+        assert sent.bytes == 3000 + 2999 + 2998
+
+    with_server(tmp_path, body)
 
 
 @pytest.mark.parametrize("seed", range(3))

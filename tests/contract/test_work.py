@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import re
 import signal
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,11 +27,12 @@ from fp_client.agent import Agent
 from fp_client.cache import ObjectCache
 from fp_client.config import load_config
 from fp_client.messages import AdapterFile
+from fp_client.pace import Pace
 from fp_client.policy import Policy
 from fp_client.rpc import Connection
 from fp_client.rpc_objects import Transfer
 from fp_client.state import Outbox, Runs
-from fp_client.work import LocalWork, check_ranks
+from fp_client.work import KEPT, LocalWork, check_ranks
 from tests.unit import device
 
 KEY = TaskKey("r", 0, 0)
@@ -185,6 +188,71 @@ def test_models_that_are_missing(home):
     with pytest.raises(ModelError, match="shard is missing"):
         spec = RunSpec("r", "tiny", "f" * 64, "fedpruner", Part.LAYER, TRAIN, PROBE, 8, 1)
         planned(home, spec)
+
+
+def test_the_data_are_read_by_one_thread_at_a_time_whoever_is_cancelled(home, monkeypatch, caplog):
+    """A thread can't be cancelled: who asks next waits for it, and reads nothing where it is cancelled meanwhile."""
+    begun, go = [], threading.Event()
+
+    def slow(self, spec, pace=None):
+        begun.append(spec.run)
+        assert go.wait(30)
+        raise BudgetError("too small")
+
+    monkeypatch.setattr(LocalWork, "planned", slow)
+
+    async def main():
+        work, spec = work_of(home), spec_of(home)
+        try:
+            for n in range(4):
+                asking = asyncio.create_task(work.plan(replace(spec, run=f"r{n}")))
+                await asyncio.sleep(0.05)
+                asking.cancel()
+                assert await asyncio.wait([asking], timeout=5) == ({asking}, set()), "who is cancelled waits for no thread"
+            assert begun == ["r0"]
+            last = asyncio.create_task(work.plan(replace(spec, run="last")))
+            await asyncio.sleep(0.05)
+            assert begun == ["r0"]
+        finally:
+            go.set()
+        with pytest.raises(BudgetError):
+            await last
+        with pytest.raises(BudgetError):
+            await work.plan(spec)
+        assert begun == ["r0", "last", "r"]
+
+    asyncio.run(main())
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+def test_plans_and_paces_of_ever_other_runs_are_not_kept_for_ever(home, monkeypatch):
+    """A plan's pace stays as long as it does."""
+    measured = []
+
+    class Idle:
+        async def run(self, name, *rest):
+            measured.append(name)
+            return Pace(1, *[0.1] * 8)
+
+    async def worker(self, spec):
+        return Idle()
+
+    monkeypatch.setattr(LocalWork, "worker", worker)
+    monkeypatch.setattr(
+        LocalWork, "planned", lambda self, spec, pace=None: SimpleNamespace(modes=[SimpleNamespace(micro_batch=1)])
+    )
+
+    async def main():
+        work, spec = work_of(home), spec_of(home)
+        for n in range(50):
+            await work._remembered(replace(spec, run=f"r{n}", broadcast_rank=100 + n))
+            await work._remembered(replace(spec, run=f"s{n}"))
+        assert len(work._plans) == KEPT and len(work._paces) == KEPT
+        assert measured == ["pace"] * 51
+        assert {(s.run[0], s.broadcast_rank) for s in work._plans} == {("s", 8), *(("r", 100 + n) for n in range(42, 50))}
+
+    asyncio.run(main())
 
 
 def test_the_fingerprint_is_read_once(home):

@@ -130,13 +130,26 @@ def test_sizes_and_orders_that_cannot_be():
     empty = session_pb2.Assignment(key=serde.key_to_pb(KEY))
     twice = serde.assignment_to_pb(CASES["assignment"][2])
     twice.units.append(types_pb2.UnitId(layer=0))
+    crowded, chancy = (serde.assignment_to_pb(CASES["assignment"][2]) for _ in range(2))
+    for group in crowded.groups:
+        group.units.extend([types_pb2.UnitId(layer=9)] * 2048)
+    for group in chancy.groups:
+        group.probabilities.extend([0.5] * 2048)
     for decode, message, said in [
         (serde.plan_report_from_pb, plan, "plan: more units"), (serde.probe_report_from_pb, probe, "probe.similarity"),
         (serde.probe_report_from_pb, nan, "probe.similarity: has NaN"), (serde.probe_report_from_pb, huge, "probe.similarity"),
         (serde.assignment_from_pb, empty, "assignment.units"), (serde.assignment_from_pb, twice, "assignment.units"),
+        (serde.assignment_from_pb, crowded, "assignment.groups: more units"),
+        (serde.assignment_from_pb, chancy, "assignment.groups: more units or probabilities"),
     ]:  # fmt: skip
         with pytest.raises(ProtocolError, match=said):
             decode(message)
+
+
+def test_every_unit_of_the_largest_model_may_be_in_a_group():
+    groups = tuple((t.UnitId(layer),) for layer in range(serde.MAX_UNITS))
+    largest = replace(CASES["assignment"][2], groups=groups, probabilities=((1.0,),) * len(groups))
+    assert serde.assignment_from_pb(serde.assignment_to_pb(largest)) == largest
 
 
 def test_long_texts_are_cut():
