@@ -119,7 +119,7 @@ def test_what_a_kill_left_of_a_layer_goes_and_what_others_write_stays(tmp_path: 
     path.parent.mkdir(parents=True)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as alive:  # ends with this block
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as alive:
         stays = {path.with_suffix(f".{alive.pid}.tmp"), path.with_name(f"layer-00001.{os.getpid()}.tmp")}
         reused = path.with_suffix(f".{os.getppid()}.tmp")
         goes = {reused, *(path.with_suffix(f".{pid}.tmp") for pid in (dead.pid, os.getpid(), 10**30, "x"))}
