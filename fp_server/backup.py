@@ -1,8 +1,8 @@
 """A consistent copy of a data directory, made while its server works: `fp-server backup`.
 
 The log is copied by SQLite's online backup; then come the objects that the copied log needs, each checked on its way. A server
-that moves on removes objects it needs no more: those of the run under way are opened all at once, and an open file stays whole;
-where one was gone already, a newer log is copied.
+that moves on removes objects it needs no more: they are opened in the moment from which the copy is, before it is known which of
+them the log needs, and an open file stays whole; where one was gone already, a newer log is copied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sqlite3
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Protocol
@@ -36,6 +36,8 @@ FILES = ("ca.pem", "ca.key", "server.pem", "server.key", "operator.pem", "operat
 PRIVATE, OBJECT = 0o600, 0o444
 TRIES, FEW = 20, 3
 """How often a newer log is copied because the server had removed an object of the older one; and where it may be missing."""
+HELD = 1 << 14
+"""How many objects are held open at once at most while the log is read; and at most half of the files a process may open."""
 PIECE = 1 << 20
 
 Uses = dict[str, list[str]]
@@ -209,14 +211,21 @@ def _snapshot(directory: Path, copy: Path, tries: int) -> Iterator[tuple[_Log, U
     At the last try without those that are missing: they are damage.
     """
     for attempt in range(tries):
-        log, uses, living = _copy_log(directory, copy)
         with contextlib.ExitStack() as held:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+            files: dict[str, io.FileIO] = {}
+            held.callback(_let_go, files)
+            _copy_log(directory, copy, files)
+            log, uses, living = _read_log(copy)
+            _let_go(files, but=living)
             opened: dict[str, IO[bytes]] = {}
             try:
                 for digest in living:
+                    if digest in files:
+                        opened[digest] = held.enter_context(io.BufferedReader(files[digest]))
+                        continue
                     with contextlib.suppress(*(FileNotFoundError,) if attempt + 1 == tries else ()):
                         opened[digest] = held.enter_context((directory / "objects" / digest[:2] / digest).open("rb"))
             except FileNotFoundError:
@@ -227,10 +236,33 @@ def _snapshot(directory: Path, copy: Path, tries: int) -> Iterator[tuple[_Log, U
             return
 
 
-def _copy_log(directory: Path, copy: Path) -> tuple[_Log, Uses, list[str]]:
-    """Copy the log; the copy, every object it needs, and those of runs under way."""
+def _hold(directory: Path, files: dict[str, io.FileIO]) -> None:
+    """Open what is in the store, the newest first: what the server may remove belongs to the run under way, and that of ended
+    runs is older. What can't be opened here is seen, and named, when it is its turn to be copied.
+
+    Not by hard links: those don't reach another disk, where a backup should be, and change the stamp of an object.
+    """
+    found: list[tuple[int, str]] = []
+    for path in (directory / "objects").glob("??/*"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            found.append((path.stat().st_mtime_ns, path.name))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    for _, digest in sorted(found, reverse=True)[: HELD if most == resource.RLIM_INFINITY else min(HELD, most // 2)]:
+        with contextlib.suppress(OSError):
+            files[digest] = (directory / "objects" / digest[:2] / digest).open("rb", buffering=0)
+
+
+def _let_go(files: dict[str, io.FileIO], but: Collection[str] = ()) -> None:
+    for digest in files.keys() - set(but):
+        files.pop(digest).close()
+
+
+def _copy_log(directory: Path, copy: Path, files: dict[str, io.FileIO]) -> None:
+    """Copy the log, and hold the objects that are there in the moment from which the copy is."""
 
     def work(c: sqlite3.Connection) -> None:
+        c.execute("SELECT count(*) FROM sqlite_master").fetchone()  # from here on the log is seen as it is now
+        _hold(directory, files)  # not after the copy, which takes its time
         os.close(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
         with _room(copy), contextlib.closing(sqlite3.connect(copy)) as target:
             c.backup(target)
@@ -240,6 +272,10 @@ def _copy_log(directory: Path, copy: Path) -> tuple[_Log, Uses, list[str]]:
         source.run(work)
     finally:
         source.close()
+
+
+def _read_log(copy: Path) -> tuple[_Log, Uses, list[str]]:
+    """The copy, checked; every object it needs, and those of runs under way."""
     with _room(copy):
         database = Database(copy)
     try:

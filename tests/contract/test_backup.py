@@ -263,16 +263,113 @@ def test_a_full_disk_leaves_nothing_and_says_so(stopped, tmp_path, monkeypatch):
 
 def test_an_object_the_server_removed_meanwhile_leads_to_a_newer_log(stopped, tmp_path, monkeypatch):
     tries = []
-    copy_log = backing._copy_log
+    read_log = backing._read_log
 
-    def once_late(directory, copy):
-        log, objects, living = copy_log(directory, copy)
+    def once_late(copy):
+        log, objects, living = read_log(copy)
         tries.append(copy)
         return (log, objects, ["0" * 64]) if len(tries) == 1 else (log, objects, living)
 
-    monkeypatch.setattr(backing, "_copy_log", once_late)
+    monkeypatch.setattr(backing, "_read_log", once_late)
     assert backup(stopped.directory, tmp_path / "new").objects > 0 and len(tries) == 2
     assert not verify(tmp_path / "new").damaged
+
+
+@pytest.fixture
+def halfway(server) -> Server:
+    """A server that was killed in the second round, with an update in the store."""
+    half = asyncio.Event()
+
+    async def stand_still() -> None:
+        half.set()
+        await asyncio.Event().wait()
+
+    alice, bob = Device(server, "alice"), Device(server, "bob", chunk=64)
+
+    async def second_round() -> None:
+        bob.hooks["pushing"] = stand_still
+
+    bob.hooks["accepted"] = second_round
+
+    async def main() -> None:
+        await server.begin(TOML)
+        living = [asyncio.create_task(device.live()) for device in (alice, bob)]
+        async with asyncio.timeout(60):
+            await half.wait()
+            await server.until(lambda s: s["current"]["devices"]["alice"]["stage"] == "done")
+        server.kill()
+        for task in living:
+            task.cancel()
+        await asyncio.wait(living)
+
+    asyncio.run(main())
+    server.process = None
+    return server
+
+
+def is_open(path: Path) -> int:
+    """How many descriptors of this process are of an object below `path`."""
+    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]  # noqa: PTH208
+    return sum(link.startswith(f"{path.resolve()}/") for link in links)
+
+
+@pytest.mark.parametrize("name", ["new", "new.tar"])
+@pytest.mark.parametrize("where", ["_room", "_read_log"])
+def test_a_server_that_moves_on_while_the_log_is_copied_and_read_is_not_in_the_way(halfway, tmp_path, monkeypatch, name, where):
+    """However long that takes: here every object of the run goes and the log goes on before the copy is begun, or before it is
+    read."""
+    store, whole, moved = halfway.directory / "objects", tmp_path / "whole", []
+    before = backup(halfway.directory, whole)
+    there, real = {path.name: path.read_bytes() for path in store.glob("??/*")}, getattr(backing, where)
+
+    def late(copy):
+        if not moved:
+            moved.append(copy)
+            backing._enter(halfway.directory, tmp_path, "later")
+            for path in store.glob("??/*"):
+                path.unlink()
+        return real(copy)
+
+    monkeypatch.setattr(backing, where, late)
+    monkeypatch.setattr(backing, "TRIES", 1)
+    made = backup(halfway.directory, tmp_path / name)
+    assert moved and (made.head, made.objects, made.bytes) == (before.head, before.objects, before.bytes)
+    (tmp_path / "elsewhere").mkdir()
+    copy = restored(tmp_path / name, tmp_path / "elsewhere" / "server", halfway)
+    found = verify(copy.directory)
+    assert not found.damaged and not found.orphans and found.runs["toy-run"].startswith("round, 1")
+    assert {path.name: path.read_bytes() for path in (copy.directory / "objects").glob("??/*")} == there
+    assert "later" not in trail(copy), "the log is as old as what is held"
+    assert not is_open(store) and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_backup_shares_no_file_with_the_store(halfway, tmp_path):
+    backup(halfway.directory, tmp_path / "new")
+    assert all(path.stat().st_nlink == 1 for at in (halfway.directory, tmp_path / "new") for path in at.glob("objects/??/*"))
+
+
+def test_the_newest_objects_are_held_and_not_more_than_so_many(halfway, tmp_path, monkeypatch):
+    store = halfway.directory / "objects"
+    paths = sorted(store.glob("??/*"))
+    for age, path in enumerate(paths):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(backing, "HELD", 2)
+    files = {}
+    try:
+        backing._hold(halfway.directory, files)
+        assert set(files) == {path.name for path in paths[:2]} and is_open(store) == 2
+    finally:
+        backing._let_go(files)
+    assert not files and not is_open(store)
+    seen, read_log = [], backing._read_log
+
+    def look(copy):
+        seen.append(is_open(store))
+        return read_log(copy)
+
+    monkeypatch.setattr(backing, "_read_log", look)
+    assert backup(halfway.directory, tmp_path / "new").objects == len(paths) > 2, "the others are opened when they are known"
+    assert seen == [2] and not is_open(store) and not verify(tmp_path / "new").damaged
 
 
 def test_an_archive_holds_what_a_directory_holds(stopped, tmp_path):
