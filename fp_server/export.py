@@ -11,24 +11,45 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 
 from common.blocks import block_names, key, read_block, write_blocks
-from common.errors import ConfigError, NotFound, StorageError
+from common.errors import ConfigError, ModelError, NotFound, StorageError
 from common.faults import fault
-from common.tensorfile import TensorFile, TensorWriter
+from common.tensorfile import TensorFile, TensorWriter, parse_header
 from common.types import LoraBlock, ModelManifest
 from fp_server.ledger import open_ledger, read_delta
 from fp_server.lowrank import lossless, recompress
 
 
+class _Held(TensorFile):
+    """A ledger that is open already; whoever opened that file closes it."""
+
+    def __init__(self, path: Path, file: FileIO) -> None:
+        self.path, self._fd = path, os.dup(file.fileno())
+        try:
+            self.tensors, self.metadata = parse_header(path, self._fd, os.fstat(self._fd).st_size)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ModelError):
+                raise StorageError(f"damaged ledger: {error}") from None
+            raise
+
+
 def export_peft(
-    ledgers: Mapping[int, Path], manifest: ModelManifest, out_dir: Path, base_model_name: str, rank: int | None = None
+    ledgers: Mapping[int, Path],
+    manifest: ModelManifest,
+    out_dir: Path,
+    base_model_name: str,
+    rank: int | None = None,
+    held: Mapping[int, FileIO] | None = None,
 ) -> dict[str, float]:
     """Write `adapter_config.json` and `adapter_model.safetensors` to `out_dir`, which appears whole or not at all.
 
     `ledgers`: 0-based layer -> ledger file. `rank`: at most so many components a module (best approximation);
-    None keeps ΔW to float32 rounding. One layer's factors are in memory at a time. Returns the part of each module's
+    None keeps ΔW to float32 rounding. `held`: those of the ledgers that are open already: they may have no name any more.
+    One layer's factors are in memory at a time. Returns the part of each module's
     energy that was dropped, by full module name. Raises NotFound when nothing has been trained, ConfigError when
     `out_dir` exists or `rank` < 1, StorageError when a ledger is damaged or the disk is full.
     """
@@ -40,7 +61,7 @@ def export_peft(
         out_dir.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
         try:
-            dropped = _export(ledgers, manifest, work, base_model_name, rank)
+            dropped = _export(ledgers, manifest, work, base_model_name, rank, held or {})
             work.chmod(0o755)
             fault("server.export.written")
             work.rename(out_dir)
@@ -55,7 +76,12 @@ def export_peft(
 
 
 def _export(
-    ledgers: Mapping[int, Path], manifest: ModelManifest, work: Path, base_model_name: str, rank: int | None
+    ledgers: Mapping[int, Path],
+    manifest: ModelManifest,
+    work: Path,
+    base_model_name: str,
+    rank: int | None,
+    held: Mapping[int, FileIO],
 ) -> dict[str, float]:
     """Factor layer by layer into scratch files, then join those: the ranks come before the header, the header before data."""
     dropped: dict[str, float] = {}
@@ -63,7 +89,7 @@ def _export(
     ranks: dict[tuple[int, str], int] = {}
     for layer in sorted(ledgers):
         blocks: list[LoraBlock] = []
-        with open_ledger(ledgers[layer]) as file:
+        with _Held(ledgers[layer], held[layer]) if layer in held else open_ledger(ledgers[layer]) as file:
             for module in manifest.modules:
                 delta = read_delta(file, layer, module)
                 factors, lost = (lossless(delta), 0.0) if rank is None else recompress(delta, rank)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import tempfile
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from common import config as configuration
-from common.errors import ConfigError
+from common.errors import ConfigError, NotFound
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
 from fp_server.damage import ledger_path
@@ -17,6 +19,9 @@ from fp_server.log import Database, EventLog
 from fp_server.objects import ObjectStore
 from fp_server.operator import FILE, Ledger, Operator
 from fp_server.rounds import RunMachine
+
+TRIES = 5
+"""How often the log is read because the server had removed a ledger's file that was in it."""
 
 
 @contextlib.contextmanager
@@ -47,14 +52,47 @@ def export_run(directory: Path, run: str, out: Path, base: str, rank: int | None
             raise ConfigError(f"{out}: exists already; name a directory that does not")
         with tempfile.TemporaryDirectory(prefix="fp-export-") as scratch:
             return _export(Operator(directory).ledger(run, Path(scratch)), out, base, rank)
-    with open_run(directory, run) as (machine, store):
-        layers = {layer: ledger_path(machine, store, layer, reading=True) for layer in machine.ledger}
-        found = Ledger(machine.name, machine.config.model.name, machine.history.committed, machine.manifest, layers)
-        return _export(found, out, base, rank)
+    with _held_ledger(directory, run) as (ledger, files):
+        return _export(ledger, out, base, rank, files)
 
 
-def _export(ledger: Ledger, out: Path, base: str, rank: int | None) -> str:
-    dropped = export_peft(ledger.layers, ledger.manifest, out, base or ledger.model, rank)
+@contextlib.contextmanager
+def _held_ledger(directory: Path, run: str) -> Iterator[tuple[Ledger, dict[int, FileIO]]]:
+    """A run's ledger as it is at one moment, checked, and its files opened: a server beside this removes those of a round that
+    is over, and an open file stays whole. Where one was gone already, the log is read again."""
+    for attempt in range(TRIES):
+        with open_run(directory, run) as (machine, store), contextlib.ExitStack() as held:
+            files: dict[int, FileIO] = {}
+            try:
+                for layer, ref in machine.ledger.items():
+                    files[layer] = held.enter_context(store.path(ref.digest).open("rb", buffering=0))
+            except (NotFound, FileNotFoundError):
+                if attempt + 1 < TRIES:
+                    continue
+            except OSError:
+                pass  # what isn't open is opened below, where that is told of
+            layers: dict[int, Path] = {}
+            for layer, ref in machine.ledger.items():
+                if layer in files and _digest(files[layer]) == ref.digest:
+                    layers[layer] = directory / "objects" / ref.digest[:2] / ref.digest
+                else:
+                    layers[layer] = ledger_path(machine, store, layer, reading=True)  # raises, unless it was put back just now
+                    files.pop(layer, None)
+            found = Ledger(machine.name, machine.config.model.name, machine.history.committed, machine.manifest, layers)
+            yield found, files
+            return
+
+
+def _digest(file: FileIO) -> str:
+    """The digest of an open file; an empty text where the disk can't read it."""
+    try:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _export(ledger: Ledger, out: Path, base: str, rank: int | None, held: dict[int, FileIO] | None = None) -> str:
+    dropped = export_peft(ledger.layers, ledger.manifest, out, base or ledger.model, rank, held)
     worst = max(dropped.values(), default=0.0)
     kept = "nothing dropped" if rank is None else f"at most {worst:.2%} of a module's energy dropped"
     what = f"run {ledger.run} after {ledger.rounds} rounds: {len(dropped)} modules in {len(ledger.layers)} layers"
