@@ -87,6 +87,7 @@ async def serve(directory: Path) -> None:
     connection = Connection(directory, address, backoff_of(config))
     cache = ObjectCache(cache_dir(config, directory) / "objects", config.cache.max_size)
     work = LocalWork(config, directory)
+    Outbox(directory / "outbox").sweep()  # what is left of runs whose end was not heard
     agent = Agent(
         connection.open, Transfer(connection), work, policy, cache,
         Runs(directory / "runs"), Outbox(directory / "outbox"), connection.backoff,

@@ -241,7 +241,7 @@ class LimitSection(Section):
     """Whether a round's updates are compared with each other, and what stands out is told of, or left out."""
     max_norm_ratio: float = Field(5.0, gt=1)
     """How many times as far as the other devices' (median) a module of an update may have moved, by that comparison."""
-    max_update_ratio: float = Field(3.0, gt=1)
+    max_update_ratio: float = Field(2.5, gt=1)
     """The same of all its modules: the root mean square."""
     update_bytes: int = Field(0, ge=0, lt=2**63)
     """The most bytes of tensors an update may have; 0: no limit."""

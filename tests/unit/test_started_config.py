@@ -78,7 +78,7 @@ def test_in_a_log_of_before_modules_are_judged_one_by_one() -> None:
     config = parse_run(toml(), "test")
     event = run_started(config, toml(), MANIFEST)
     written = json.loads(event.config)
-    assert written["limits"].pop("max_update_ratio") == config.limits.max_update_ratio == 3.0
+    assert written["limits"].pop("max_update_ratio") == config.limits.max_update_ratio == 2.5
     assert started_config(replace(event, config=json.dumps(written)), "test").limits.max_update_ratio == math.inf
 
 
