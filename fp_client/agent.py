@@ -324,7 +324,7 @@ class Agent:
         if ready is not None:
             log.info("run %s, round %d: already trained; pushing the update that was kept", task.key.run, task.key.round + 1)
             return ready
-        self._guard.another(task.key)
+        self._guard.another(spec, task)
         same_weights(spec, await self._work.fingerprint(spec, self._note))
         adapter = await self._fetch(task.adapter)
         fault("device.task.fetched", "train")
@@ -337,7 +337,7 @@ class Agent:
         ready = replace(ready, metrics=self._policy.redact_metrics(ready.metrics))  # at the last moment: it may be an older one
         path, note = self._outbox.path(task.key.run), lambda done, total: self._note("push", done, total)
         sent = self._guard.sent(task.key)
-        sent.size = ready.ref.size
+        sent.size, sent.units = ready.ref.size, len(task.units)
         await self._transfer.push(ready, path, note, self._policy.check_upload, sent)
 
     async def _fetch(self, adapter: tuple[UnitObject, ...]) -> tuple[AdapterFile, ...]:

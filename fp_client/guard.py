@@ -11,7 +11,7 @@ from pathlib import Path
 from common.errors import PolicyError
 from common.faults import fault
 from common.files import make_directory
-from common.types import Assignment, PlanReport, ProbeTask, RunSpec, TaskKey
+from common.types import Assignment, Part, PlanReport, ProbeTask, RunSpec, TaskKey
 from fp_client import sanity
 from fp_client.policy import FILE, Policy
 from fp_client.rpc_objects import Sent
@@ -63,12 +63,14 @@ class Guard:
             del self._sent[next(iter(self._sent))]
         return account
 
-    def another(self, key: TaskKey) -> None:
-        """May another update of the round be trained, of the size of the one before it? Raises PolicyError: hours before the push
-        would, which asks again, to the byte."""
-        account = self.sent(key)
-        if account.size:
-            self.policy.check_upload(account.bytes + account.size)
+    def another(self, spec: RunSpec, task: Assignment) -> None:
+        """May another update of the round be trained, with layers as large as in the one before it?
+
+        Raises PolicyError: hours before the push would, which asks again, to the byte. Components differ in size, and are left to it.
+        """
+        account = self.sent(task.key)
+        if account.units and spec.part is Part.LAYER:
+            self.policy.check_upload(account.bytes + account.size * len(task.units) // account.units)
 
     def _begin(self, key: TaskKey) -> None:
         latest = self._rounds.get(key.run, key.round)

@@ -35,6 +35,8 @@ BLOCK = 64
 FORMAT = "nf4-64-1"
 _ABANDONED = 3600.0
 """Seconds after which a temporary file that nobody has written to is nobody's, whoever has its pid now."""
+_IDLE = 60.0
+"""The same, where nobody here has its pid."""
 _ZERO_DIGEST = "0" * 64
 
 
@@ -124,7 +126,9 @@ class Nf4Store:
         """Remove the layer's temporaries that killed processes have left; another process may be writing one right now."""
         for path in self.directory.glob(f"{self.path(layer).stem}.*.tmp"):
             with suppress(OSError):
-                if not _alive(path.name.split(".")[1]) or time.time() - path.stat().st_mtime > _ABANDONED:
+                idle = time.time() - path.stat().st_mtime
+                # A process of another container has a pid that says nothing here, but it goes on writing.
+                if idle > _ABANDONED or (idle > _IDLE and not _alive(path.name.split(".")[1])):
                     path.unlink()
 
     def _write(self, path: Path, layer: int, modules: Sequence[str]) -> None:

@@ -64,6 +64,8 @@ class Sent:
     bytes: int = 0
     size: int = 0
     """Bytes of the latest of these updates, whole."""
+    units: int = 0
+    """What it has been trained of."""
 
 
 class Transfer:

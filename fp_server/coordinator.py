@@ -136,7 +136,7 @@ class Coordinator(Archive):
         for name in revoked:
             message = f"the certificate of {name!r} has been revoked; ask the operator for a new token"
             event = e.DeviceDropped(machine.name, current.opened.key, name, IdentityError.__name__, message, True)
-            await self.log.append(event, self.clock())
+            await self.log.append(event, machine.told_at)
             tell(event)
             machine.handle(event, machine.told_at)
 
@@ -192,7 +192,9 @@ class Coordinator(Archive):
             machine.pardon(now - self._failing_since, now)
             self._failing_since = now
         elif self._looked is not None and now - self._looked > STALL_SECONDS:
-            logger.warning("the server stood still for %.0f s; that time is not the devices'", now - self._looked)
+            logger.warning(
+                "the server stood still for %.0f s; that time is not the devices', within the round's limit", now - self._looked
+            )
             machine.pardon(now - self._looked, now)
         self._looked = now
 
@@ -229,6 +231,7 @@ class Coordinator(Archive):
         """`post`, for who holds the lock already."""
         machine = self.active
         if machine is None:
+            self._looked = self.clock()
             return
         pending: deque[e.Event | Stimulus] = deque([happening])
         effects: list[Command] = []

@@ -7,7 +7,7 @@ from common.types import ModelManifest
 from fp_server import audit
 from fp_server import events as e
 from fp_server.audit import SERVER, Actor, Entry
-from fp_server.commands import Connected
+from fp_server.commands import Connected, Disconnected
 from fp_server.config import RunConfig
 from fp_server.coordinator import Coordinator
 from fp_server.limits import RUN_FILE
@@ -15,6 +15,7 @@ from fp_server.log import Also
 from fp_server.narrate import tell
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import Stage
+from fp_server.sessions import Session
 from fp_server.work import parse_run, run_started
 
 
@@ -74,13 +75,17 @@ async def kick(coordinator: Coordinator, name: str) -> None:
     error = IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
     if (session := coordinator.sessions.get(name)) is not None:
         session.close(error)
-    await coordinator.until_stored(lambda: coordinator.background.whole(_leave_round(coordinator, name, error)))
+    await coordinator.until_stored(lambda: coordinator.background.whole(_leave_round(coordinator, name, session, error)))
 
 
-async def _leave_round(coordinator: Coordinator, name: str, error: IdentityError) -> None:
+async def _leave_round(coordinator: Coordinator, name: str, session: Session | None, error: IdentityError) -> None:
     """Take a revoked device out of the round, unless it is closed: decided under the lock, so that the log never says so of an
     update that counts."""
     async with coordinator.lock:
+        if (
+            session is not None and coordinator.sessions.get(name) is session
+        ):  # it is about to end; no round must draw it meanwhile
+            await coordinator.post_locked(Disconnected(name))
         machine = coordinator.active
         current = machine.current if machine is not None else None
         if machine is None or current is None or current.closed is not None:

@@ -72,8 +72,6 @@ class RunMachine(RunState):
                 if member and (not member.settled or (member.stage is Stage.DONE and happening.revoked)):
                     member.accepted, member.dropped, member.stage = None, happening, Stage.DROPPED
                     self._cancel(happening.device, happening.key, happening.message, out)
-                    if happening.revoked:  # its session is about to end; a round that this opens must not draw it
-                        self.connected.discard(happening.device)
                     self._ask(happening.device, out)
             case e.UpdatesLost():
                 self._on_lost(happening, now, out)

@@ -439,7 +439,7 @@ def test_time_in_which_the_server_stood_still_is_nobodys(tmp_path, database, cap
         now[0] += 3600.0
         await coordinator.post(c.Tick())
         await coordinator.insist(probed(key, "a"))
-        assert "the server stood still for 3600 s; that time is not the devices'" in caplog.messages
+        assert "the server stood still for 3600 s; that time is not the devices', within the round's limit" in caplog.messages
         assert not any(isinstance(event, e.DeviceDropped) for _, event in coordinator.log.replay("r"))
         for _ in range(301):  # silence while the server is well is a device's own
             now[0] += 2.0
@@ -447,6 +447,23 @@ def test_time_in_which_the_server_stood_still_is_nobodys(tmp_path, database, cap
         assert {event.device for _, event in coordinator.log.replay("r") if isinstance(event, e.DeviceDropped)} == {"b"}
 
     with_coordinator(tmp_path, database, body, log)
+
+
+def test_time_without_a_run_is_no_stall(tmp_path, database, caplog):
+    now = [1000.0]
+
+    async def body(coordinator):
+        coordinator.clock = lambda: now[0]
+        await coordinator.post(c.Tick())
+        await coordinator.post(e.RunEnded("r", "stopped", "x"))
+        for _ in range(3):
+            now[0] += 4.0
+            await coordinator.post(c.Tick())
+        await start_run(coordinator, toml(name="s"), MANIFEST)
+        await coordinator.post(c.Tick())
+        assert coordinator.active is not None and "stood still" not in caplog.text
+
+    with_coordinator(tmp_path, database, body)
 
 
 def test_a_moment_of_a_full_disk_does_not_keep_who_is_silent(tmp_path, database):

@@ -123,10 +123,13 @@ def test_what_a_kill_left_of_a_layer_goes_and_what_others_write_stays(tmp_path: 
         stays = {path.with_suffix(f".{alive.pid}.tmp"), path.with_name(f"layer-00001.{os.getpid()}.tmp")}
         reused = path.with_suffix(f".{os.getppid()}.tmp")
         goes = {reused, *(path.with_suffix(f".{pid}.tmp") for pid in (dead.pid, os.getpid(), 10**30, "x"))}
-        for one in stays | goes:
+        begun = path.with_suffix(f".{2**22 + 1}.tmp")  # of a process that has no pid here: another container's
+        for one in stays | goes | {begun}:
             one.write_bytes(b"half a layer")
-        long_ago = time.time() - 2 * 3600
-        os.utime(reused, (long_ago, long_ago))
+        for seconds, those in ((120, goes), (7200, {reused})):
+            for one in those:
+                os.utime(one, (time.time() - seconds, time.time() - seconds))
+        stays.add(begun)
         one_entry(checkpoint, tmp_path)
         assert set(path.parent.iterdir()) == {path} | stays
 
