@@ -66,7 +66,7 @@ class Guard:
     def another(self, spec: RunSpec, task: Assignment) -> None:
         """May another update of the round be trained, with layers as large as in the one before it?
 
-        Raises PolicyError: hours before the push would, which asks again, to the byte. Components differ in size, and are left to it.
+        Raises PolicyError: hours before the push would, which asks again, to the byte. Components differ in size: left to it.
         """
         account = self.sent(task.key)
         if account.units and spec.part is Part.LAYER:

@@ -49,9 +49,9 @@ from fp_server.work import aggregate_round, choose_units
 logger = logging.getLogger("fp_server")
 
 TICK = 0.5
-STALL_SECONDS = 5.0
-"""Without a look at the clock: the process stood still (frozen, or waiting for a disk), as nobody else does with the log."""
 """Seconds between looks at the clock."""
+STALL_SECONDS = 5.0
+"""Seconds without such a look after which the process has stood still: it was frozen, or has waited for its disk."""
 AGAIN = 1.0
 """Seconds until an event that must not be lost is tried again on a full disk."""
 PLANS, PLANS_AT_ONCE = 30.0, 20.0
@@ -192,10 +192,9 @@ class Coordinator(Archive):
             machine.pardon(now - self._failing_since, now)
             self._failing_since = now
         elif self._looked is not None and now - self._looked > STALL_SECONDS:
-            logger.warning(
-                "the server stood still for %.0f s; that time is not the devices', within the round's limit", now - self._looked
-            )
-            machine.pardon(now - self._looked, now)
+            stood = now - self._looked
+            logger.warning("the server stood still for %.0f s; that time is not the devices', within the round's limit", stood)
+            machine.pardon(stood, now)
         self._looked = now
 
     @property

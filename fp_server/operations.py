@@ -82,9 +82,7 @@ async def _leave_round(coordinator: Coordinator, name: str, session: Session | N
     """Take a revoked device out of the round, unless it is closed: decided under the lock, so that the log never says so of an
     update that counts."""
     async with coordinator.lock:
-        if (
-            session is not None and coordinator.sessions.get(name) is session
-        ):  # it is about to end; no round must draw it meanwhile
+        if session is not None and coordinator.sessions.get(name) is session:  # it is about to end: no round must draw it
             await coordinator.post_locked(Disconnected(name))
         machine = coordinator.active
         current = machine.current if machine is not None else None

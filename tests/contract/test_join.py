@@ -12,7 +12,7 @@ import pytest
 from fake_ca import FakeCa
 from fake_server import SECRET, serving
 
-from common.errors import IdentityError, StorageError, TokenError, UnreachableError
+from common.errors import IdentityError, TokenError, UnreachableError
 from common.transport import tls
 from common.transport.wire import Backoff
 from fp_client.config import load_config
