@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import shutil
+import sqlite3
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from fp_server import operations, reports
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
 from fp_server.limits import OUTBOX
+from fp_server.log import Also
 from fp_server.objects import ObjectStore
 from fp_server.roundstate import PHASES
 from fp_server.service import Sessions
@@ -56,6 +58,11 @@ class MemoryLog:
         self.rows: list[tuple[str, float, str, str]] = []
         self.full = 0
         """So many writes fail from now on."""
+        self._books = sqlite3.connect(":memory:")  # of an authority that has issued and revoked nothing
+        self._books.executescript("CREATE TABLE certificates (name, role, revoked); CREATE TABLE revocations (name);")
+
+    def enter(self, also: Also) -> None:
+        also(self._books)
 
     async def touch(self) -> None:
         if self.full:
