@@ -87,10 +87,11 @@ async def serve(directory: Path) -> None:
     connection = Connection(directory, address, backoff_of(config))
     cache = ObjectCache(cache_dir(config, directory) / "objects", config.cache.max_size)
     work = LocalWork(config, directory)
-    Outbox(directory / "outbox").sweep()  # what is left of runs whose end was not heard
+    outbox = Outbox(directory / "outbox")
+    outbox.sweep()  # what is left of runs whose end was not heard
     agent = Agent(
         connection.open, Transfer(connection), work, policy, cache,
-        Runs(directory / "runs"), Outbox(directory / "outbox"), connection.backoff,
+        Runs(directory / "runs"), outbox, connection.backoff,
     )  # fmt: skip
     running = asyncio.create_task(agent.run())
     telling = asyncio.create_task(tell(directory, address, lambda: agent.link))

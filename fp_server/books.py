@@ -69,3 +69,10 @@ def in_use(c: sqlite3.Connection, name: str, role: str) -> str:
     if c.execute("SELECT 1 FROM tokens WHERE name = ? AND used_by IS NULL AND expires > ?", row).fetchone():
         return f"there is an unused token for {name!r} already; both can be used"
     return ""
+
+
+def revoked(c: sqlite3.Connection, name: str) -> bool:
+    """Whether a device was revoked and has not joined again since; whether a certificate has ended is not asked."""
+    query = "SELECT 1 FROM certificates WHERE name = ? AND role = 'device' AND revoked IS NULL"
+    once = c.execute("SELECT 1 FROM revocations WHERE name = ?", (name,)).fetchone() is not None
+    return once and c.execute(query, (name,)).fetchone() is None

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
 from common.bucket import Buckets
-from common.errors import FedPrunerError, IdentityError, InUseError, NotFound, StorageError, TooLate, UnreachableError
+from common.errors import FedPrunerError, InUseError, NotFound, StorageError, TooLate, UnreachableError
 from common.faults import fault
+from fp_server import books, memory
 from fp_server import events as e
-from fp_server import memory
 from fp_server.archive import Archive
 from fp_server.background import Background
 from fp_server.commands import (
@@ -34,6 +33,7 @@ from fp_server.commands import (
 )
 from fp_server.config import ServerConfig
 from fp_server.elapsed import Elapsed
+from fp_server.identity import revoked_error
 from fp_server.keeping import Keeper
 from fp_server.ledger import LostUpdates
 from fp_server.limits import Complaints
@@ -65,13 +65,6 @@ def steady_clock() -> Callable[[], float]:
     """Seconds since the epoch as of now, counted on by the monotonic clock: a step of the wall clock drops no device."""
     offset = time.time() - time.monotonic()
     return lambda: offset + time.monotonic()
-
-
-def _revoked(c: sqlite3.Connection, name: str) -> bool:
-    """Whether a device was revoked and has not joined again since; whether a certificate has ended is not asked."""
-    query = "SELECT 1 FROM certificates WHERE name = ? AND role = 'device' AND revoked IS NULL"
-    revoked = c.execute("SELECT 1 FROM revocations WHERE name = ?", (name,)).fetchone() is not None
-    return revoked and c.execute(query, (name,)).fetchone() is None
 
 
 class Coordinator(Archive):
@@ -132,10 +125,9 @@ class Coordinator(Archive):
         if current is None or current.closed is not None:
             return
         there = [name for name, member in sorted(current.members.items()) if member.stage is not Stage.DROPPED]
-        self.log.enter(lambda c: revoked.extend(name for name in there if _revoked(c, name)))
+        self.log.enter(lambda c: revoked.extend(name for name in there if books.revoked(c, name)))
         for name in revoked:
-            message = f"the certificate of {name!r} has been revoked; ask the operator for a new token"
-            event = e.DeviceDropped(machine.name, current.opened.key, name, IdentityError.__name__, message, True)
+            event = e.DeviceDropped(machine.name, current.opened.key, name, "IdentityError", str(revoked_error(name)), True)
             await self.log.append(event, machine.told_at)
             tell(event)
             machine.handle(event, machine.told_at)

@@ -138,7 +138,7 @@ class Authority:
                     f"the certificate of {peer.name!r} is not in this server's books; join again with a new token"
                 )
             if row[0] is not None:
-                raise _is_revoked(peer.name)
+                raise revoked_error(peer.name)
             valid = books.valid(c, peer.name, peer.role)
             if (again := _lost_reply(valid, peer, key)) is not None:
                 return Issued(pem(again).decode(), peer.name, peer.role)
@@ -193,7 +193,7 @@ class Authority:
     def check(self, peer: Peer, *roles: str) -> None:
         """Raises IdentityError when the caller has another role or its certificate was revoked or has expired."""
         if peer.serial in self._revoked or (peer.name in self._names and not self._in_the_books(peer.serial)):
-            raise _is_revoked(peer.name)
+            raise revoked_error(peer.name)
         if peer.not_after is not None and datetime.now(UTC) > peer.not_after:
             raise IdentityError(f"the certificate of {peer.name!r} has expired; join again with a new token")
         if peer.role not in roles:
@@ -210,7 +210,8 @@ class Authority:
         return True
 
 
-def _is_revoked(name: str) -> IdentityError:
+def revoked_error(name: str) -> IdentityError:
+    """What whoever shows a revoked certificate is told, and the log of the round that its device leaves."""
     return IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
 
 

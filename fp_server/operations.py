@@ -10,6 +10,7 @@ from fp_server.audit import SERVER, Actor, Entry
 from fp_server.commands import Connected, Disconnected
 from fp_server.config import RunConfig
 from fp_server.coordinator import Coordinator
+from fp_server.identity import revoked_error
 from fp_server.limits import RUN_FILE
 from fp_server.log import Also
 from fp_server.narrate import tell
@@ -72,7 +73,7 @@ async def control(coordinator: Coordinator, run: str, action: str, actor: Actor 
 
 async def kick(coordinator: Coordinator, name: str) -> None:
     """Hang up a device's session (its certificate was revoked); the round goes on without it, and without its update."""
-    error = IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
+    error = revoked_error(name)
     if (session := coordinator.sessions.get(name)) is not None:
         session.close(error)
     await coordinator.until_stored(lambda: coordinator.background.whole(_leave_round(coordinator, name, session, error)))
