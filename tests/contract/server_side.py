@@ -481,6 +481,9 @@ async def whole_run(server: Server, devices: list[Device], toml: str, seconds: f
             await asyncio.gather(*(device.live() for device in devices))
     except TimeoutError:
         said = {device.name: (device.seen, device.errors) for device in devices}
+        with contextlib.suppress(grpc.aio.AioRpcError):  # the tests after this one get the server without this run
+            async with server.admin() as admin:
+                await admin.ControlRun(admin_pb2.ControlRunRequest(action="stop"), timeout=20)
         raise AssertionError(f"the run did not end; devices: {said}\n{server.log()}") from None
     return await server.status(run, last_rounds=100)
 
