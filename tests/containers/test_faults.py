@@ -149,7 +149,9 @@ def test_a_device_is_stopped_in_mid_task_and_started_again(pair: Pair) -> None:
 def test_a_device_that_is_stopped_keeps_its_finished_update(pair: Pair) -> None:
     """It could not be delivered: the server was away."""
     pair.begin("update-kept")
+    docker("pause", pair.fleet.container("device-1"))  # or it might be done before the server is told to stop
     stop(pair.fleet, "server")
+    docker("unpause", pair.fleet.container("device-1"))
     outbox = ("ls", "/device/outbox/update-kept.json")
     pair.fleet.wait(lambda: bool(pair.fleet.inside("device-1", *outbox)), 300, "device-1 has trained")
     stop(pair.fleet, "device-1")

@@ -166,7 +166,10 @@ class FakeObjects(objects_pb2_grpc.ObjectsServicer):
     async def Push(self, requests, context):  # noqa: N802
         self.pushes += 1
         if self.push_errors:
-            await wire.abort(context, self.push_errors.pop(0))
+            error = self.push_errors.pop(0)
+            async for _ in requests:  # an answer in the middle of a write would be hidden
+                pass
+            await wire.abort(context, error)
         header = None
         cut = self.cuts.pop(0) if self.cuts else None
         async for message in requests:

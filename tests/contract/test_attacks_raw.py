@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 import raw_http2 as h
 from server_side import Device, run_toml, whole_run
-from siege import Besieged, in_thread
+from siege import SLACK, Besieged, in_thread
 
 from common.pb import session_pb2
 from common.transport import serde
@@ -38,9 +38,9 @@ def server(tmp_path_factory):
     assert "Traceback" not in one.log()
 
 
-def under(server, attack):
+def under(server, attack, slack=SLACK):
     async def body():
-        async with server.besieged():
+        async with server.besieged(slack):
             try:
                 await in_thread(attack, server.port, server.devices / next(server.attackers))
             finally:
@@ -219,7 +219,7 @@ def test_a_frozen_device_is_found_out(server):
         assert h.seconds_until_closed(stream, SOON) < SOON
 
     under(server, attack)
-    assert not asyncio.run(server.status())["connected"]
+    asyncio.run(server.until(lambda s: not s["connected"], 20))
 
 
 def flood(stream, made, seconds=2.0, most=400_000):
@@ -318,7 +318,7 @@ def test_calls_with_16_megabytes_of_headers_each_are_not_piled_up(server):
             raise AssertionError("it was never hung up")
         assert peak - before < 320 << 20, f"{(peak - before) >> 20} MiB"
 
-    under(server, attack)
+    under(server, attack, 2 * SLACK)  # an allocator keeps some of these blocks of 15 MB
 
 
 def test_settings_that_are_never_acknowledged(server):
@@ -368,10 +368,9 @@ def test_many_calls_of_one_connection_are_refused_by_http2(server):
         for n in range(200):
             stream.sendall(h.frame(h.HEADERS, h.END_HEADERS, 2 * n + 1, h.call_headers(OPEN)))
         frames, kinds = h.Frames(stream), Counter()
-        stream.settimeout(1.5)
-        with contextlib.suppress(TimeoutError):
-            while (got := frames.next()) is not None:
-                kinds[got[0]] += 1
+        stream.settimeout(SOON)
+        while kinds[h.RST_STREAM] < 100 and (got := frames.next()) is not None:
+            kinds[got[0]] += 1
         assert kinds[h.RST_STREAM] >= 100
 
     under(server, attack)

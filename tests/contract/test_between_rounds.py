@@ -80,7 +80,7 @@ def test_who_leaves_is_away_and_the_run_goes_on_without_it(server):
 
     gone = asyncio.Event()
     alice.make = stay
-    toml = run_toml(rounds=3, min_devices=1, progress_timeout_seconds=2.0, final_evaluation=False)
+    toml = run_toml(rounds=3, min_devices=1, progress_timeout_seconds=6.0, final_evaluation=False)
     status = asyncio.run(run(server, toml, [alice, bob], script))
     assert status["state"] == "finished" and [entry["committed"] for entry in status["history"]] == [True] * 3
     last = status["history"][-1]

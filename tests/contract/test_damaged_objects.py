@@ -94,7 +94,7 @@ def test_a_damaged_update_is_pushed_again_and_the_run_ends_with_the_same_bytes(s
 
 def test_without_the_device_the_round_goes_on_by_the_usual_rules_and_the_log_says_why(server):
     """Bob's update is damaged when he has gone for good."""
-    toml = run_toml("global", final_evaluation=False, rounds=1, progress_timeout_seconds=2.0)
+    toml = run_toml("global", final_evaluation=False, rounds=1, progress_timeout_seconds=6.0)
 
     async def main():
         bob = Device(server, "bob")

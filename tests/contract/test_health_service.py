@@ -20,8 +20,8 @@ from fp_server.health import read_endpoint
 WATCH = "/grpc.health.v1.Health/Watch"
 UNIMPLEMENTED = b"grpc-status\x0212"
 """The trailer, as HPACK has it."""
-SOON = 5.0
-"""Seconds that nothing here needs, on a busy machine either; the grace is 8."""
+SOON = 20.0
+"""Seconds that nothing here needs, on a busy machine either."""
 
 
 def stubs(server, stack):
@@ -123,4 +123,4 @@ def test_who_reads_nothing_does_not_keep_the_server_from_draining(server):
     finally:
         h.close_all()
     log = server.log()
-    assert took < SOON and "stopped" in log and "was left after" not in log and "Traceback" not in log, (took, log)
+    assert took < 7.5 and "stopped" in log and "was left after" not in log and "Traceback" not in log, (took, log)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import time
+from datetime import UTC, datetime
 
 import grpc
 import grpc.aio
@@ -38,10 +38,10 @@ from fp_client.rpc import Connection
 from fp_server.health import read_endpoint
 from fp_server.operator import Operator
 
-SOON = 5.0
+SOON = 20.0
 """Seconds within which a call must have ended; the server looks every second, the rest is for a busy machine."""
-BRIEF = 4 / 86_400
-"""Days: a certificate of four seconds."""
+BRIEF = 6 / 86_400
+"""Days: a certificate of six seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -147,17 +147,16 @@ def enroll_port(server):
 
 def test_a_session_ends_with_its_certificate_also_when_the_device_is_silent(idle):
     """Expired in mid-session: the reason is said, and neither a call on the same connection nor a renewal gets through."""
-    idle.identity("brief", days=BRIEF)
+    end = tls.check_validity(idle.identity("brief", days=BRIEF) / "device.pem").not_valid_after_utc
 
     async def body():
         async with idle.channel("brief") as channel:
             call = session_pb2_grpc.SessionsStub(channel).Open()
             await call.write(hello())
             assert (await read(call)).welcome.device == "brief"
-            begin = time.monotonic()
             async with asyncio.timeout(BRIEF * 86_400 + SOON):
                 error = await refused(read(call))
-            assert time.monotonic() - begin > 0.5
+            assert datetime.now(UTC) >= end, "not before its time"
             assert error_name(error) == "IdentityError" and error.details().startswith(
                 "the certificate of 'brief' has expired; join"
             )
@@ -183,7 +182,7 @@ def test_a_daemon_stays_welcome_when_its_first_certificate_ends(idle):
         connection = Connection(directory, idle.address)
         first = await connection.open()
         watching = asyncio.create_task(stay_valid(connection, tell))
-        await asyncio.wait_for(renewed.wait(), BRIEF * 86_400)
+        await asyncio.wait_for(renewed.wait(), 30)
         assert tls.check_validity(directory / "device.pem").serial_number != old
         await first.finish()
         assert [said async for said in first] == []

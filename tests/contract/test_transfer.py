@@ -52,7 +52,7 @@ def test_200_mib_cut_at_a_random_offset_go_on_from_there(server):
             stub = objects_pb2_grpc.ObjectsStub(channel)
             call = stub.Push(pieces(ready, data, 0, cut_after, 0))
             partial = server.directory / "partial" / "alice" / ready.ref.digest
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while not partial.exists() or partial.stat().st_size < (cut_after - 10) * MIB:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             call.cancel()
@@ -64,7 +64,7 @@ def test_200_mib_cut_at_a_random_offset_go_on_from_there(server):
             while True:  # what was on its way may still come in while the server notices
                 offset = (await stub.Offset(request, timeout=20)).offset
                 try:
-                    reply = await stub.Push(pieces(ready, data, offset, 1 << 20, 1), timeout=60)
+                    reply = await stub.Push(pieces(ready, data, offset, 1 << 20, 1), timeout=300)
                     break
                 except grpc.aio.AioRpcError as error:
                     assert "ask Offset first" in error.details() or error.code() is grpc.StatusCode.INTERNAL, error
@@ -79,10 +79,14 @@ def test_200_mib_cut_at_a_random_offset_go_on_from_there(server):
     async def body():
         run = await server.begin(TOML, WIDE)
         living = asyncio.create_task(alice.live())
-        async with asyncio.timeout(60):
-            await server.until(lambda s: s["current"] is None or s["current"]["devices"]["alice"]["stage"] == "done", run=run)
-            while not stored:  # noqa: ASYNC110
+        async with asyncio.timeout(300):
+            while not stored:
+                if living.done():
+                    living.result()
                 await asyncio.sleep(0.01)
+            await server.until(
+                lambda s: s["current"] is None or s["current"]["devices"]["alice"]["stage"] == "done", 300, run=run
+            )  # fmt: skip
         living.cancel()  # the aggregation of such a layer is another test's matter
         await asyncio.wait({living})
 

@@ -192,6 +192,8 @@ def test_models_that_are_missing(home):
 
 def test_the_data_are_read_by_one_thread_at_a_time_whoever_is_cancelled(home, monkeypatch, caplog):
     """A thread can't be cancelled: who asks next waits for it, and reads nothing where it is cancelled meanwhile."""
+    gc.collect()  # what earlier tests have left is theirs
+    caplog.clear()
     begun, go = [], threading.Event()
 
     def slow(self, spec, pace=None):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -39,9 +41,12 @@ WORDS = [
 
 def free_port() -> int:
     """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for _ in range(100):  # below those a system gives to clients, one of which could take it while a server is down
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def write_data(path: Path, rows: int, seed: int) -> Path:
@@ -114,7 +119,7 @@ class Federation:
                 probe.settimeout(0.2)
                 return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-        self.wait(up, 30, "the server listens")
+        self.wait(up, 120, "the server listens")
 
     def operator(self) -> Operator:
         """The operator's calls."""

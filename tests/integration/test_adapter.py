@@ -56,7 +56,7 @@ def test_export_and_merge_equal_the_ledger(federate: Callable[..., Federation], 
     federation.run_cli(
         "fp-server", "start", federation.run_file("run", train='gradient = "submodel"'), "--dir", federation.server_dir
     )
-    status = federation.wait_state(seconds=280)
+    status = federation.wait_state(seconds=800)
     units = {len(m["units"]) for m in status["history"][0]["devices"].values()}
     assert len(units) == 2, "two budgets, two depths"
     federation.kill("server")

@@ -47,7 +47,7 @@ for units, rank in ((range(0, 30, 4), 8), (range(30), 16), (range(0, 30, 4), 8))
 def test_a_task_after_a_larger_one_keeps_the_contract_too(real_model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data.jsonl", 40, 0)
     done = subprocess.run(
-        [sys.executable, "-c", AFTER, real_model, data, tmp_path], capture_output=True, text=True, cwd=ROOT, timeout=280,
+        [sys.executable, "-c", AFTER, real_model, data, tmp_path], capture_output=True, text=True, cwd=ROOT, timeout=800,
         check=True, env=worker_environment(1),
     )  # fmt: skip
     rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[-3:]]
@@ -60,7 +60,7 @@ def test_never_less_than_measured_and_little_more(setting: str, tmp_path: Path) 
     results = tmp_path / "planner.jsonl"
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/planner.py", "--only", setting, "--results", results, "--redo"],
-        capture_output=True, text=True, cwd=ROOT, timeout=280, check=False,
+        capture_output=True, text=True, cwd=ROOT, timeout=800, check=False,
     )  # fmt: skip
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert found, done.stdout + done.stderr

@@ -66,7 +66,10 @@ def test_what_is_left_of_a_broken_off_push_does_not_take_the_room_of_the_next_on
         again = asyncio.create_task(hold(quota, "alice", 800))
         await asyncio.sleep(0.1)
         quota.go_on.set()
-        await asyncio.sleep(0.3)  # the first has given its room back, the second holds its own
+        async with asyncio.timeout(10):  # the first gives its room back, the second holds its own
+            while not (taking.done() and len(quota._arriving) == 1):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
         with pytest.raises(LimitError, match="would take 1600 bytes"):
             async with quota.held("bob", 800):
                 pass

@@ -323,7 +323,7 @@ def test_without_a_rate_any_progress_holds_a_fetchs_place(tmp_path, database, mo
 
     class Slow(Call):
         async def write(self, message) -> None:
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(1.0)
             await super().write(message)
 
     async def body(objects, coordinator, key):
@@ -334,4 +334,4 @@ def test_without_a_rate_any_progress_holds_a_fetchs_place(tmp_path, database, mo
         assert await ask(objects.Fetch, objects_pb2.FetchRequest(digest=REF.digest, offset=0), call) == ""
         assert b"".join(message.data for message in call.sent) == DATA
 
-    with_objects(tmp_path, database, body, progress_timeout_seconds=1.0, min_bytes_per_second=0.0)
+    with_objects(tmp_path, database, body, progress_timeout_seconds=3.0, min_bytes_per_second=0.0)
