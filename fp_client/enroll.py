@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -49,7 +50,27 @@ def write_server(path: Path, server: str) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            path.write_text(head + bracket + rest, encoding="utf-8")  # mounted by itself, as into a container: can't be replaced
+            _overwrite(path, (head + bracket + rest).encode())  # mounted by itself, as into a container: can't be replaced
+
+
+def _overwrite(path: Path, text: bytes) -> None:
+    """Write a file in place, durably; where that fails what it held is put back, but not after a kill. Raises OSError."""
+    with path.open("r+b", buffering=0) as file:
+        old = file.read()
+        try:
+            _fill(file, text)
+        except BaseException:
+            _fill(file, old)
+            raise
+
+
+def _fill(file: io.FileIO, text: bytes) -> None:
+    file.seek(0)
+    left = memoryview(text)
+    while left:
+        left = left[file.write(left) or 0 :]
+    file.truncate()
+    os.fsync(file.fileno())
 
 
 def _replace(path: Path, text: str) -> None:

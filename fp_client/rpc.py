@@ -86,11 +86,11 @@ def _look_at(directory: Path, address: str, timeout: float) -> IdentityError | N
             try:
                 stream = context.wrap_socket(raw, server_hostname=host)
             except ssl.SSLCertVerificationError as error:
-                return IdentityError(
+                return UnverifiedServer(
                     f"{address}: the server's certificate can't be verified with {directory / 'ca.pem'}: {error.verify_message}"
                 )
-            except ssl.SSLError as error:
-                return refused if "ALERT" in (error.reason or "") else None
+            except ssl.SSLError:  # in TLS 1.3 a refusal comes after the handshake: this may be anyone
+                return None
             with stream:  # whoever cuts a connection before this point has not seen a certificate
                 try:
                     return None if stream.recv(1) else refused
@@ -100,6 +100,10 @@ def _look_at(directory: Path, address: str, timeout: float) -> IdentityError | N
                     return refused
     except OSError:
         return None
+
+
+class UnverifiedServer(IdentityError):
+    """Whoever answers there has no certificate of our CA. It may be anyone, for a while: no reason for a daemon to end."""
 
 
 class Session:
@@ -275,6 +279,9 @@ class Connection:
         if raw.code() == grpc.StatusCode.UNAVAILABLE and type(error) in (IdentityError, UnreachableError):
             verdict = await asyncio.to_thread(diagnose, self.directory, self.address)
             # A server that is just going down looks the same once; a refusal is believed the second time.
+            if isinstance(verdict, UnverifiedServer):
+                self._refusals = 0
+                return UnreachableError(str(verdict))
             self._refusals = self._refusals + 1 if verdict else 0
             if verdict is not None and self._refusals >= 2:
                 return verdict

@@ -19,7 +19,7 @@ class Background:
     def __init__(self) -> None:
         self.thread: Executor = ThreadPoolExecutor(1, thread_name_prefix="heavy")
         """One thread: what it reads stays until that is over, because what removes objects runs in it too."""
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
         self.working: set[asyncio.Task[None]] = set()
         """Those of the tasks that choose or aggregate."""
         self.writes: set[asyncio.Task[Any]] = set()
@@ -34,6 +34,19 @@ class Background:
         self.tasks.add(task)
         task.add_done_callback(self._reap)
         return task
+
+    def keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that goes on although who waits for it behind a shield is cancelled; at the end it is. What it fails with is its
+        waiter's, or nobody's."""
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._kept)
+        return task
+
+    def _kept(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     def work(self, work: Coroutine[Any, Any, None]) -> None:
         """A task that `stop` waits for."""

@@ -313,6 +313,20 @@ class RunConfig(Section):
         count = round(asked * roster) if asked <= 1 else int(asked)
         return max(1, min(roster, count))
 
+    @property
+    def needed(self) -> int:
+        """The smallest roster a round opens with: `min_devices`, and of which so many are drawn that `min_updates` may come."""
+        run = self.run
+        least = (
+            run.min_updates
+            if run.devices_per_round > 1
+            else math.floor(min(1e18, (run.min_updates - 0.5) / run.devices_per_round))
+        )
+        roster = max(run.min_devices, least)
+        while self.drawn(roster) < run.min_updates and roster < least + 3:
+            roster += 1
+        return roster
+
     def train_spec(self, manifest: ModelManifest, learning_rate: float, seed: int) -> TrainSpec:
         """What a device trains by."""
         return TrainSpec(

@@ -66,16 +66,8 @@ def _open_evaluation(machine: RunMachine, able: list[str], now: float) -> list[C
 
 def _open(machine: RunMachine, able: list[str]) -> list[Command]:
     run, key = machine.config.run, TaskKey(machine.name, machine.next_round, machine.attempt)
-    if len(able) < run.min_devices:
-        return []
-    if (count := machine.config.drawn(len(able))) < run.min_updates:
-        if len(machine.connected) > len(able) and machine.connected & machine.stale:
-            return []  # more may be able in a moment
-        reason = (
-            f"{count} of {len(able)} able devices would be drawn, and a round needs run.min_updates = {run.min_updates}; "
-            "connect more devices and resume, or start a run with other numbers"
-        )
-        return [Record(e.RunPaused(machine.name, reason))]
+    if len(able) < machine.config.needed:
+        return []  # others may come, or come back: `status` says how many are waited for
     drawn = draw_devices(able, machine.config.drawn(len(able)), rng_for(run.seed, key.round, "", f"sample/{key.attempt}"))
     failed = key.attempt - bool(machine.evaluated and key.round == 0)  # the evaluation before it was no attempt
     return [Record(e.RoundOpened(machine.name, key, tuple(able), drawn, _excluded(machine, able), failed=failed))]

@@ -44,6 +44,7 @@ class Keeper:
         self._making = 0
         self._read: dict[str, tuple[float, Stamp]] = {}
         """Digest -> when an object was found whole, and the stamp it had."""
+        self._reading: dict[str, asyncio.Task[None]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         store.quarantined = self._quarantined
@@ -148,7 +149,14 @@ class Keeper:
         read, known = self._read.get(digest, (0.0, None))
         if stamp is not None and stamp == known and now - read < RECENT:
             return
+        if (reading := self._reading.get(digest)) is None:  # for all who ask, and whoever cancels does not have it read anew
+            reading = self._reading[digest] = self._background.keep(self._read_whole(digest, stamp))
+            reading.add_done_callback(lambda _: self._reading.pop(digest, None))
+        await asyncio.shield(reading)
+
+    async def _read_whole(self, digest: str, stamp: Stamp | None) -> None:
         await self.readable(digest)
+        now = time.monotonic()
         self._read = {one: seen for one, seen in self._read.items() if now - seen[0] < RECENT}
         if stamp is not None:  # of before it was read: one that was made again is read again
             self._read[digest] = now, stamp

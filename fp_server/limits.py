@@ -51,6 +51,10 @@ CALLS, CALLS_BURST, CALLS_WAIT = 50.0, 400.0, 5.0
 """Calls a second of one identity, and how many at once; more are made to wait, up to that many seconds, then refused."""
 OPENS, OPENS_BURST = 0.5, 20.0
 """Sessions one identity may open a second, and how many at once: two daemons with one identity replace each other."""
+PIECES, PIECES_BURST, SMALL_PIECE = 50.0, 400.0, 64 << 10
+"""Pieces of an update below so many bytes that are read a second, and how many at once; our devices send 1 MiB."""
+FETCHES = 8
+"""How many times the size of the adapter one device may fetch in a round: once is needed, cut lines and restarts come on top."""
 CALLS_AT_ONCE = 16
 """Calls of one device at a time."""
 OPERATOR_AT_ONCE = 64

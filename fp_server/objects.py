@@ -45,6 +45,16 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{path}: {error.strerror}")
 
 
+def size_of(path: Path) -> int:
+    """The size of a file; 0 when it is not there. Raises StorageError."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise storage_error(path, error) from None
+
+
 @contextlib.contextmanager
 def stored(path: Path) -> Iterator[None]:
     """In here files are written: what fails is a StorageError that names the file, or else `path`."""
@@ -244,6 +254,10 @@ class ObjectStore:
         """The arrival of one object from one device; goes on where an earlier one stopped."""
         return Arrival(self, self.partial / device, ref)
 
+    def arrived(self, device: str, ref: ObjectRef) -> int:
+        """How many bytes of an object have arrived from a device; nothing is touched. Raises StorageError."""
+        return size_of(self.partial / device / ref.digest)
+
     def discard_arrivals(self, device: str) -> None:
         """Remove what a device has sent in part."""
         for path in (self.partial / device).glob("*"):
@@ -270,12 +284,7 @@ class Arrival:
     @property
     def offset(self) -> int:
         """How many bytes have arrived. Raises StorageError."""
-        try:
-            return self.path.stat().st_size
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise storage_error(self.path, error) from None
+        return size_of(self.path)
 
     @property
     def expected(self) -> int:

@@ -110,6 +110,7 @@ def status(
         "start": machine.config.lora.start.value,
         "gradient": machine.config.train.gradient.value,
         "min_devices": machine.config.run.min_devices,
+        "needed_devices": machine.config.needed,
         "min_holders": machine.config.limits.min_holders,
         "model_units": len(machine.units),
         "ledger_layers": [layer + 1 for layer in sorted(machine.ledger)],

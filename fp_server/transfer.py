@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc.aio
 
-from common.bucket import Buckets
+from common.bucket import Bucket, Buckets
 from common.errors import (
     AlreadyDone,
     FedPrunerError,
@@ -29,35 +29,23 @@ from common.pb import objects_pb2, objects_pb2_grpc
 from common.transport import serde
 from common.transport.tls import Peer
 from common.transport.wire import CHUNK, errors_to_status
-from common.types import Start, TaskKey, UpdateReady
+from common.types import Assignment, Start, TaskKey, UpdateReady
 from fp_server import commands as c
 from fp_server.access import Access, Context
 from fp_server.coordinator import Coordinator
 from fp_server.hangup import address_of, hang_up
-from fp_server.limits import HELLO_SECONDS
+from fp_server.limits import HELLO_SECONDS, PIECES, PIECES_BURST, SMALL_PIECE
 from fp_server.objects import Arrival
+from fp_server.pushes import Push, Ration, Unfinished
 from fp_server.quota import Quota
 from fp_server.reports import accept, reject
+from fp_server.rounds import RunMachine
 from fp_server.validation import check_metrics, check_update, norm_limit, starting_points, update_bytes_limit
 
 TELL_SECONDS = 1.0
 """A push's progress counts so often."""
 LOOK_SECONDS = 1.0
 """And so often it is looked whether a peer that sends nothing is still expected to."""
-
-
-class _Push:
-    """A push under way. A half-open stream of the same device must not write to the same file."""
-
-    def __init__(self, task: asyncio.Task[Any]) -> None:
-        self._task, self.superseded, self.over = task, False, asyncio.Event()
-
-    async def give_way(self) -> None:
-        """End it; returns when it has let go of its file."""
-        if not self.over.is_set():
-            self.superseded = True
-            self._task.cancel()
-            await self.over.wait()
 
 
 class Objects(objects_pb2_grpc.ObjectsServicer):
@@ -67,10 +55,12 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         self._coordinator, self._access = coordinator, access
         self.port: int | None = None
         """The port it is served on, once that is known: no connection to another one is cut."""
-        self._pushing: dict[str, _Push] = {}
+        self._pushing: dict[str, Push] = {}
+        self._unfinished = Unfinished(coordinator.background)
         self._under_way = 0
         """Pushes that have their turn, those included that give way to another of their device."""
         self._waits = Buckets(1 / TELL_SECONDS, 1)
+        self._ration = Ration()
         self._quota = Quota(coordinator.store.partial, coordinator.config.limits)
         self._checking = asyncio.Semaphore(1)  # memory must not grow with the number of devices that push at once
 
@@ -93,6 +83,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             while chunk := await asyncio.to_thread(next, chunks, b""):
                 if self._coordinator.active is not machine or request.digest not in machine.may_fetch(peer.name):
                     raise TooLate(f"object {request.digest[:16]}… is not part of this device's task any more")
+                self._ration.count(peer.name, machine, len(chunk))
                 self._coordinator.fetched(len(chunk))
                 ends = ends + len(chunk) / rate if rate else time.monotonic() + patience  # 0: any progress counts
                 await _write(context, objects_pb2.Chunk(data=chunk), ends, self.port)
@@ -107,8 +98,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 return objects_pb2.OffsetReply(offset=ref.size, accepted=True)
             if self._under_way >= self._coordinator.config.limits.pushes and peer.name not in self._pushing:
                 await self._waiting(peer.name, key)  # a device asks before each push, and there the gate turns it away
-            arrival = self._coordinator.store.arrival(peer.name, ref)
-            return objects_pb2.OffsetReply(offset=arrival.offset)
+            return objects_pb2.OffsetReply(offset=self._coordinator.store.arrived(peer.name, ref))
         raise AssertionError("unreachable")
 
     async def Push(self, request_iterator: Any, context: Context) -> objects_pb2.PushReply:  # noqa: N802
@@ -117,12 +107,13 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             task = asyncio.current_task()
             assert task is not None
             wanted: TaskKey | None = None
-            older, current = self._pushing.get(peer.name), _Push(task)
+            older, current = self._pushing.get(peer.name), Push(task)
             self._pushing[peer.name] = current
             self._under_way += 1
             try:
                 if older is not None:
                     await older.give_way()
+                await self._unfinished.over(peer.name)
                 try:
                     async with asyncio.timeout(HELLO_SECONDS):
                         first = await context.read()
@@ -192,11 +183,19 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
                 if self._quota.fits(ready.ref.size):
                     await self._waiting(device, ready.key)
                 raise
+            opening = self._unfinished.keep(device, asyncio.to_thread(arrival.open))
             try:
-                _check_offset(offset, await asyncio.to_thread(arrival.open))
+                _check_offset(offset, await asyncio.shield(opening))
                 await self._append(device, ready, arrival, context)
             finally:
-                await asyncio.shield(asyncio.to_thread(arrival.close))
+                await asyncio.shield(self._unfinished.keep(device, _closed(arrival, opening)))
+        return await asyncio.shield(self._unfinished.keep(device, self._settle(peer, ready, machine, assignment, arrival)))
+
+    async def _settle(
+        self, peer: Peer, ready: UpdateReady, machine: RunMachine, assignment: Assignment, arrival: Arrival
+    ) -> objects_pb2.PushReply:
+        """Check what has come whole, and count it. It is done whole although the push is broken off meanwhile."""
+        device = peer.name
         fault("server.push.complete")
         path = await asyncio.to_thread(arrival.finish)
         try:
@@ -204,9 +203,16 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
             given = assignment.adapter if assignment.spec.start is Start.GLOBAL else ()
             paths = {unit.ref.digest: await self._coordinator.keeper.readable(unit.ref.digest) for unit in given}
             starts = starting_points(assignment.spec.start, assignment.adapter, paths.__getitem__)
-            async with self._checking:
-                self._expected(device, ready.key)  # it may have waited for its turn
-                await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm, starts)
+
+            async def check() -> None:
+                async with self._checking:
+                    self._expected(device, ready.key)  # it may have waited for its turn
+                    await asyncio.to_thread(check_update, path, assignment, machine.manifest, norm, starts)
+
+            checking = self._unfinished.keep(device, check())
+            while not (await asyncio.wait({checking}, timeout=TELL_SECONDS))[0]:
+                await self._waiting(device, ready.key)  # the others' updates and its own take the server's time
+            checking.result()
         except (TooLate, NotFound):
             arrival.discard()
             raise
@@ -237,16 +243,23 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         def expected() -> None:
             self._expected(device, ready.key)
 
-        told = 0.0
+        told, small = 0.0, Bucket(PIECES, PIECES_BURST)
         while (message := await _read(context, expected)) is not grpc.aio.EOF:
             if message.WhichOneof("body") != "chunk":
                 raise ProtocolError("after its header a push holds chunks only")
+            if len(message.chunk.data) < SMALL_PIECE and (wait := small.take(time.monotonic())):
+                await asyncio.sleep(wait)
             await asyncio.to_thread(arrival.write, message.chunk.data)
             if (now := time.monotonic()) - told >= TELL_SECONDS:
                 told = now
                 expected()
                 seen = c.ProgressSeen(device, ready.key, "push", arrival.offset, ready.ref.size, measured=True)
                 await self._coordinator.post(seen)
+
+
+async def _closed(arrival: Arrival, opening: asyncio.Task[int]) -> None:
+    await asyncio.wait({opening})
+    await asyncio.to_thread(arrival.close)
 
 
 def _check_offset(offset: int, have: int) -> None:

@@ -149,7 +149,9 @@ def _headline(status: dict[str, Any]) -> Text:
         text.append(f"\n  {_whose(status)}{more}", style="dim")
     if status["state"] == "gathering":
         able = sum(device["connected"] and device["units"] > 0 for device in status["devices"].values())
-        text.append(f"\nwaits for {status['min_devices']} able devices (run.min_devices); {_are(able)} here")
+        needed = status.get("needed_devices", status["min_devices"])  # an older server says nothing of it
+        why = "run.min_devices" if needed == status["min_devices"] else "of fewer not run.min_updates would be drawn"
+        text.append(f"\nwaits for {needed} able devices ({why}); {_are(able)} here")
     return text
 
 

@@ -41,7 +41,9 @@ def behaving(directory: Path, script: list[str]) -> Iterator[tuple[str, list[str
             for act in script:
                 raw, _ = listener.accept()
                 with contextlib.suppress(OSError), raw:
-                    if act != "cut in the handshake":
+                    if act == "alert":
+                        raw.sendall(bytes.fromhex("15030300020228"))  # handshake_failure, as anybody may say it
+                    elif act != "cut in the handshake":
                         with context.wrap_socket(raw, server_side=True) as stream:
                             if act == "accept":
                                 stream.sendall(SETTINGS)
@@ -68,6 +70,7 @@ def behaving(directory: Path, script: list[str]) -> Iterator[tuple[str, list[str
         (["close", "accept"], False),  # killed, and started again
         (["cut in the handshake"], False),  # a forwarder whose server is away
         (["accept"], False),
+        (["alert"], False),
         (["close", "close", "close"], True),
         (["reset", "close", "close"], True),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import os
 import resource
 import stat
@@ -246,6 +247,36 @@ def test_a_configuration_mounted_by_itself_is_written_in_place(tmp_path, monkeyp
     monkeypatch.setattr(type(path), "replace", busy)
     write_server(path, "there:1")
     assert load_config(tmp_path).server == "there:1" and [p.name for p in tmp_path.iterdir()] == ["client.toml"]
+
+
+@pytest.mark.parametrize("written", [0, 10, 10_000])
+def test_a_configuration_mounted_by_itself_is_put_back_when_the_disk_is_full(tmp_path, monkeypatch, written):
+    """Of the new text only so many bytes can be written; what it held has its blocks."""
+    path = tmp_path / "client.toml"
+    path.write_text(MINE)
+    room = [written]
+
+    def busy(self, target):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(self), None, str(target))
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if room and len(data) > room[0]:
+                room.clear()
+                super().write(bytes(data)[:written])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(type(path), "replace", busy)
+    usual = type(path).open
+    monkeypatch.setattr(type(path), "open", lambda self, *a, **k: Full(self, "r+") if "buffering" in k else usual(self, *a, **k))
+    if written < len(MINE):
+        with pytest.raises(OSError, match="No space"):
+            write_server(path, "there:1")
+        assert path.read_text() == MINE
+    else:
+        write_server(path, "there:1")
+        assert load_config(tmp_path).server == "there:1"
 
 
 def test_the_example_configuration_is_valid_with_and_without_its_comments(tmp_path):

@@ -167,7 +167,9 @@ def test_a_server_of_another_ca(tmp_path):
         async with serving() as server:
             FakeCa.make().join(tmp_path)
             connection = Connection(tmp_path, server.address, QUICK)
-            assert "can't be verified" in str(await _refused(connection))
+            for _ in range(3):  # it may be anyone who answers for a while: no reason for a daemon to end
+                with pytest.raises(UnreachableError, match="can't be verified"):
+                    await connection.open()
             await connection.close()
 
     asyncio.run(main())

@@ -155,15 +155,25 @@ def test_a_round_opens_when_enough_able_devices_have_answered():
     assert event.roster == event.drawn == ("a", "c") and event.excluded == {"b": "too small"}
 
 
-def test_a_round_that_could_never_have_enough_updates_is_not_opened():
+def test_a_round_that_could_not_have_enough_updates_waits_for_more_devices():
+    """As after a restart, when devices come back one by one: nobody has to resume it."""
     shell = opened(min_updates=3)
-    assert shell.machine.current is None and shell.machine.paused == (
-        "2 of 2 able devices would be drawn, and a round needs run.min_updates = 3; "
-        "connect more devices and resume, or start a run with other numbers"
-    )
+    assert shell.machine.current is None and shell.machine.paused is None and shell.machine.phase is Phase.GATHERING
     shell.join("c")
-    shell.do(e.RunResumed("r"))
     assert shell.machine.current.opened.drawn == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("asked", [1.0, 0.5, 0.25, 0.1, 0.07, 1 / 3, 2, 3, 60])
+def test_the_devices_a_round_needs_are_the_fewest_of_which_enough_are_drawn(asked, updates):
+    config = Shell(min_updates=updates, devices_per_round=asked).machine.config
+    enough = [n for n in range(2, 1000) if config.drawn(n) >= updates]  # the slow twin
+    assert (config.needed == enough[0]) if enough else config.drawn(config.needed) < updates
+
+
+def test_a_fraction_so_small_that_no_roster_has_enough():
+    config = Shell(min_updates=2, devices_per_round=1e-300).machine.config
+    assert config.drawn(config.needed) == 1
 
 
 def test_the_draw_is_seeded_and_does_not_depend_on_who_came_first():

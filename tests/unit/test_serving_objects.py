@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import os
+import threading
+import time
 
 import grpc.aio
 import pytest
@@ -23,7 +26,7 @@ from fp_server import events as e
 from fp_server import keeping, transfer
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
-from fp_server.limits import ServerLimits
+from fp_server.limits import FETCHES, ServerLimits
 from fp_server.log import EventLog
 from fp_server.objects import Arrival, ObjectStore
 from fp_server.operations import start_run
@@ -289,6 +292,116 @@ def test_no_waiting_lasts_longer_than_the_round_may():
         shell.now += 100
         shell.do(c.NotReceived("a", shell.key), c.Tick())
     assert shell.now == 3700
+
+
+# -- who does not stop -----------------------------------------------------------------------------
+
+
+def test_who_fetches_the_adapter_again_and_again_is_refused_until_the_next_round(tmp_path, database, monkeypatch):  # noqa: F811
+    async def body(objects, coordinator, key):
+        async def fetch(device="a"):
+            call = Call(device)
+            error = await ask(objects.Fetch, objects_pb2.FetchRequest(digest=REF.digest, offset=0), call)
+            return error, sum(len(message.data) for message in call.sent)
+
+        monkeypatch.setattr(coordinator.active, "may_fetch", lambda device: {REF.digest})
+        for _ in range(FETCHES):
+            assert await fetch() == ("", len(DATA))
+        error, came = await fetch()
+        assert "LimitError: device 'a' has fetched" in error and came == 0
+        assert await fetch("b") == ("", len(DATA)), "the others are not in its way"
+        current = coordinator.active.current
+        later = dataclasses.replace(current.opened, key=dataclasses.replace(key, attempt=key.attempt + 1))
+        monkeypatch.setattr(current, "opened", later)
+        assert await fetch() == ("", len(DATA))
+
+    with_objects(tmp_path, database, body)
+
+
+def test_who_cuts_one_fetch_after_the_other_has_the_object_read_once(tmp_path, database, monkeypatch):  # noqa: F811
+    async def body(objects, coordinator, key):
+        read, go, checked = [], threading.Event(), coordinator.store.checked
+
+        def slowly(digest):
+            read.append(digest)
+            assert go.wait(10)
+            return checked(digest)
+
+        monkeypatch.setattr(coordinator.store, "checked", slowly)
+        for _ in range(5):
+            asking = asyncio.create_task(fetched(objects, 0))
+            await asyncio.sleep(0.05)
+            asking.cancel()
+            await asyncio.wait({asking})
+        asking = asyncio.create_task(fetched(objects, 0))
+        await asyncio.sleep(0.05)
+        go.set()
+        assert await asking == (DATA, "") and read == [REF.digest]
+
+    with_objects(tmp_path, database, body)
+
+
+def test_a_push_that_is_cut_while_it_is_checked_counts_once_and_the_next_waits_for_it(tmp_path, database, monkeypatch):  # noqa: F811
+    """A thread can't be stopped: another check beside it would take the server's memory, and meet a file on its way."""
+
+    async def body(objects, coordinator, key):
+        await both_assigned(coordinator, key)
+        checks, go = [], threading.Event()
+
+        def slowly(path, *rest):
+            checks.append(path)
+            assert go.wait(10)
+
+        monkeypatch.setattr(transfer, "check_update", slowly)
+        monkeypatch.setattr(transfer, "TELL_SECONDS", 0.02)
+        monkeypatch.setattr(objects._waits, "allow", lambda device, now: True)
+        seen = pardons(monkeypatch, coordinator)
+        chunk = objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=DATA))
+        cut = [asyncio.create_task(pushed(objects, header(key), chunk, grpc.aio.EOF))]
+        while not checks:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for _ in range(4):
+            cut[-1].cancel()
+            cut.append(asyncio.create_task(pushed(objects, header(key, len(DATA)), grpc.aio.EOF)))
+            await asyncio.sleep(0.05)
+        assert len(checks) == 1 and seen.count("a") > 3, "the server's time, not the device's"
+        go.set()
+        assert await cut[-1] == "" and coordinator.active.current.members["a"].accepted.ref == REF
+        assert len(checks) == 1 and objects._unfinished._work == {}
+
+    with_objects(tmp_path, database, body)
+
+
+def test_pieces_of_a_byte_are_read_no_faster_than_so_many_a_second(tmp_path, database, monkeypatch):  # noqa: F811
+    async def body(objects, coordinator, key):
+        await both_assigned(coordinator, key)
+        monkeypatch.setattr(transfer, "PIECES_BURST", 10.0)
+        monkeypatch.setattr(transfer, "SMALL_PIECE", 20)
+        pieces = [objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=DATA[n : n + 1])) for n in range(50)]
+        begin = time.monotonic()
+        await pushed(objects, header(key), *pieces, grpc.aio.EOF)
+        assert time.monotonic() - begin > 0.7, "40 of them at 50 a second"
+        monkeypatch.setattr(transfer, "PIECES", 0.001)
+        monkeypatch.setattr(transfer, "PIECES_BURST", 1.0)
+        larger = [objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=DATA[n : n + 30])) for n in range(50, 200, 30)]
+        async with asyncio.timeout(30):
+            assert "UpdateRejected" in await pushed(objects, header(key, 50), *larger, grpc.aio.EOF), "it has come whole"
+
+    with_objects(tmp_path, database, body)
+
+
+def test_asking_for_an_offset_touches_nothing(tmp_path, database):  # noqa: F811
+    """Not what another digest has brought either: that may be under inspection."""
+
+    async def body(objects, coordinator, key):
+        await both_assigned(coordinator, key)
+        folder = coordinator.store.partial / "a"
+        folder.mkdir()
+        (folder / ("1" * 64)).write_bytes(b"arrived")
+        await asked(objects, "a", key)
+        assert [path.read_bytes() for path in folder.iterdir()] == [b"arrived"]
+
+    with_objects(tmp_path, database, body)
 
 
 # -- who does not read ----------------------------------------------------------------------------
