@@ -317,11 +317,10 @@ class RunConfig(Section):
     def needed(self) -> int:
         """The smallest roster a round opens with: `min_devices`, and of which so many are drawn that `min_updates` may come."""
         run = self.run
-        least = (
-            run.min_updates
-            if run.devices_per_round > 1
-            else math.floor(min(1e18, (run.min_updates - 0.5) / run.devices_per_round))
-        )
+        if self.drawn(run.min_devices) >= run.min_updates:
+            return run.min_devices
+        share = min(1.0, run.devices_per_round)  # above 1.0 it is a number of devices
+        least = math.floor(min(1e18, (run.min_updates - 0.5) / share))
         roster = max(run.min_devices, least)
         while self.drawn(roster) < run.min_updates and roster < least + 3:
             roster += 1

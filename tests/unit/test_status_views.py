@@ -225,7 +225,7 @@ def test_a_gathering_run_says_what_it_waits_for_and_a_line_says_where_a_run_stan
     text = shown(status_view(made))
     assert "waits for 2 able devices (run.min_devices); 1 is here" in text and "ready" in text
     text = shown(status_view(whole(Shell(min_updates=3, devices_per_round=0.25).machine)))
-    assert "waits for 10 able devices (of fewer not run.min_updates would be drawn); 0 are here" in text
+    assert "waits for 11 able devices (of fewer not run.min_updates would be drawn); 0 are here" in text
     assert brief(made) == "r: gathering, 0 of 2 rounds"
     shell.do(c.Connected("b"), e.PlanReceived("r", "b", report, 10))
     shell.probe("a", "b")
