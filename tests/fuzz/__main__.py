@@ -25,12 +25,14 @@ MARKS = ("<!-- fuzz: written by `make fuzz-report` -->", "<!-- /fuzz -->")
 
 
 def all_targets() -> dict[str, Any]:
-    """Name -> target, the two state machines last."""
+    """Name -> target, the state machines last."""
     from fuzz.agent import agent, agent_seeds
     from fuzz.decoders import TARGETS, Target
+    from fuzz.pushes import pushes, pushes_seeds
     from fuzz.session import session, session_seeds
 
-    return {**TARGETS, "session": Target(session, session_seeds, 400), "device's agent": Target(agent, agent_seeds, 1500)}
+    machines = {"session": Target(session, session_seeds, 400), "pushes": Target(pushes, pushes_seeds, 600)}
+    return {**TARGETS, **machines, "device's agent": Target(agent, agent_seeds, 1500)}
 
 
 def one(name: str, arguments: list[str]) -> None:

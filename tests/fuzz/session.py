@@ -32,7 +32,7 @@ from fp_server import events as e
 from fp_server import operations, reports
 from fp_server.config import ServerConfig
 from fp_server.coordinator import Coordinator
-from fp_server.limits import OUTBOX
+from fp_server.limits import OUTBOX, ServerLimits
 from fp_server.log import Also
 from fp_server.objects import ObjectStore
 from fp_server.roundstate import PHASES
@@ -131,7 +131,8 @@ class Case:
         self.coordinator = self._server()
 
     def _server(self) -> Coordinator:
-        made = Coordinator(ServerConfig(names=["x"]), self.log, ObjectStore(self.directory), lambda: self.now)  # type: ignore[arg-type]
+        config = ServerConfig(names=["x"], limits=ServerLimits(disk_reserve_bytes=0))
+        made = Coordinator(config, self.log, ObjectStore(self.directory), lambda: self.now)  # type: ignore[arg-type]
         made.background.thread = Inline()
         made.new_plans = Buckets(1e9, 1e9)  # who is slowed down takes real time
         self.ears = Sessions(made, None)  # type: ignore[arg-type]
@@ -371,6 +372,11 @@ def state(machine: Any) -> Any:
 
 def session(data: bytes) -> None:
     """One case, from its bytes."""
+    run_case(Case, Source(data))
+
+
+def run_case(kind: type[Case], source: Source) -> None:
+    """Play a case. Raises what it finds."""
     coordinating.AGAIN = 0.0
     directory, alarm = shared_memory("fuzz-session-"), Alarm()
     logger = logging.getLogger("fp_server")
@@ -379,7 +385,7 @@ def session(data: bytes) -> None:
     loop.set_default_executor(Inline(1))
     loop.set_exception_handler(lambda _, context: alarm.found.append(str(context)))
     try:
-        loop.run_until_complete(Case(Source(data), directory).play())
+        loop.run_until_complete(kind(source, directory).play())
     finally:
         loop.close()
         logger.removeHandler(alarm)

@@ -24,9 +24,14 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "contract")]
 
 from fuzz.agent import FakeSession, FakeTransfer, FakeWork, agent, agent_seeds  # noqa: E402
 from fuzz.decoders import TARGETS, Target  # noqa: E402
+from fuzz.pushes import pushes, pushes_seeds  # noqa: E402
 from fuzz.session import session, session_seeds  # noqa: E402
 
-MACHINES = {"session": Target(session, session_seeds, 400), "device's agent": Target(agent, agent_seeds, 1500)}
+MACHINES = {
+    "session": Target(session, session_seeds, 400),
+    "pushes": Target(pushes, pushes_seeds, 600),
+    "device's agent": Target(agent, agent_seeds, 1500),
+}
 FOUND = HERE.parent / "fuzz" / "seeds"
 """A folder a target, a file an input that once was a finding."""
 
@@ -83,7 +88,8 @@ def test_what_was_found_once_is_mended(path):
     {**TARGETS, **MACHINES}[path.parent.name].run(path.read_bytes())
 
 
-def test_a_whole_run_is_among_the_sessions_seeds(monkeypatch):
+@pytest.mark.parametrize(("machine", "seeds"), [(session, session_seeds), (pushes, pushes_seeds)])
+def test_a_whole_run_is_among_the_sessions_seeds(monkeypatch, machine, seeds):
     """Else the fuzzer would never see a round committed."""
     from fuzz import session as module
 
@@ -92,8 +98,8 @@ def test_a_whole_run_is_among_the_sessions_seeds(monkeypatch):
     monkeypatch.setattr(
         module.Case, "_check_log", lambda self: (seen.append(len(self.log.of(module.e.RoundCommitted))), check(self))
     )
-    for seed in session_seeds():
-        session(seed)
+    for seed in seeds():
+        machine(seed)
     assert max(seen) >= 1
 
 
