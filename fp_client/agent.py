@@ -123,6 +123,8 @@ class Agent:
         self._session: Session | None = None
         self.link = Link(since=monotonic(), reason="the daemon has just started")
         self._task: asyncio.Task[None] | None = None
+        self._again = False
+        """Whether the task was sent again while its update was pushed: that may have been accepted, and found damaged since."""
         self._said: Task | None = None
         self._last_probe: tuple[ProbeTask, ProbeReport] | None = None
         self._progress = ("", 0, 0)
@@ -230,6 +232,7 @@ class Agent:
         running = self._task is not None and not self._task.done()
         if running and self._said == said:
             log.info("%s: the running task was sent again; it goes on", self._called(said.key))
+            self._again = self._progress[0] == "push"
             return
         if self._last_probe is not None and self._last_probe[0] == said:
             await self._tell(self._last_probe[1])
@@ -308,8 +311,11 @@ class Agent:
     async def _train(self, spec: RunSpec, task: Assignment) -> None:
         self._guard.assignment(spec, task, self._plans.report(spec.run))
         fault("device.task.allowed", "train")
+        self._again = True
         try:
-            await self._push(task, await self._update(spec, task))
+            while self._again:
+                self._again = False
+                await self._push(task, await self._update(spec, task))
         except DigestError as error:
             if await asyncio.to_thread(self._outbox.find, task) is not None:
                 raise  # the bytes here are those that were trained
