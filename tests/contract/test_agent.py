@@ -452,6 +452,32 @@ def test_a_rejected_update_is_dropped(tmp_path):
     against(tmp_path, body)
 
 
+def test_an_update_asked_for_again_before_its_push_is_answered_is_pushed_again(tmp_path):
+    """The server has accepted it, found it damaged, and says so before the device has the push's answer."""
+    asked = []
+
+    async def body(server):
+        class Late(Transfer):
+            async def push(self, *given):
+                done = await super().push(*given)
+                if not asked:
+                    asked.append(dict(server.objects.accepted))
+                    server.objects.accepted.clear()
+                    await device.hears("assignment", assignment())
+                    await device.until(lambda: device.agent._again)
+                return done
+
+        async with Device(server, tmp_path) as device:
+            device.agent._transfer = Late(device.connection)
+            await device.joins()
+            await device.hears("assignment", assignment())
+            await device.until(lambda: asked and device.agent._task.done())
+            assert server.objects.accepted == asked[0] != {} and server.objects.pushes == 2
+            assert device.work.begun.count("train") == 1
+
+    against(tmp_path, body)
+
+
 def test_a_cancel_ends_the_wait_for_a_full_disk(tmp_path):
     async def body(server):
         server.objects.push_errors = [StorageError("full")] * 10_000
