@@ -311,11 +311,12 @@ class Agent:
     async def _train(self, spec: RunSpec, task: Assignment) -> None:
         self._guard.assignment(spec, task, self._plans.report(spec.run))
         fault("device.task.allowed", "train")
-        self._again = True
         try:
-            while self._again:
+            while True:
                 self._again = False
                 await self._push(task, await self._update(spec, task))
+                if not self._again:
+                    return
         except DigestError as error:
             if await asyncio.to_thread(self._outbox.find, task) is not None:
                 raise  # the bytes here are those that were trained

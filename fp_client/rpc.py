@@ -278,10 +278,10 @@ class Connection:
             return UnreachableError(f"{error}; it has been renewed")
         if raw.code() == grpc.StatusCode.UNAVAILABLE and type(error) in (IdentityError, UnreachableError):
             verdict = await asyncio.to_thread(diagnose, self.directory, self.address)
-            # A server that is just going down looks the same once; a refusal is believed the second time.
             if isinstance(verdict, UnverifiedServer):
                 self._refusals = 0
                 return UnreachableError(str(verdict))
+            # A server that is just going down looks the same once; a refusal is believed the second time.
             self._refusals = self._refusals + 1 if verdict else 0
             if verdict is not None and self._refusals >= 2:
                 return verdict

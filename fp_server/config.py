@@ -276,7 +276,12 @@ class RunConfig(Section):
         return model_units(self.pruning.part, layers)
 
     def check(self, manifest: ModelManifest) -> None:
-        """What only the model can tell. Raises ConfigError when the run could not work on it."""
+        """What a new run must be able to do, on this model. Raises ConfigError; runs that are there already are not asked."""
+        if self.drawn(self.needed) < self.run.min_updates:
+            raise ConfigError(
+                f"run.min_updates: {self.run.min_updates} updates can't come of {self.run.devices_per_round:g} devices a round "
+                "(run.devices_per_round)"
+            )
         targets = self.targets(manifest)
         for unit in self.units(1):
             if not unit_modules(unit, targets):

@@ -26,11 +26,6 @@ async def start_run(coordinator: Coordinator, toml: str, manifest: ModelManifest
         raise ConfigError(f"run file: has {len(toml.encode())} bytes, at most {RUN_FILE} are read")
     config: RunConfig = parse_run(toml, "run file")
     config.check(manifest)
-    if config.drawn(config.needed) < config.run.min_updates:
-        raise ConfigError(
-            f"run.min_updates: {config.run.min_updates} updates can't come of {config.run.devices_per_round:g} devices a round "
-            "(run.devices_per_round)"
-        )
     return await coordinator.background.whole(_start_run(coordinator, config, toml, manifest, actor))
 
 

@@ -60,17 +60,17 @@ class Ration:
     """How much of the adapter each device has fetched in the round under way."""
 
     def __init__(self) -> None:
-        self._had: dict[str, tuple[TaskKey, int]] = {}
+        self._had: dict[str, tuple[TaskKey, int, int]] = {}
+        """Device -> its round, the adapter's bytes, and those it has fetched."""
 
     def count(self, device: str, machine: RunMachine, size: int) -> None:
         """Raises LimitError when a device asks for the adapter again and again."""
         if (current := machine.current) is None:
             return
-        key, had = current.opened.key, 0
-        if device in self._had and self._had[device][0] == key:
-            had = self._had[device][1]
-        whole = sum(one.ref.size for one in machine.objects())
+        key, whole, had = self._had.get(device, (None, 0, 0))
+        if key != current.opened.key:
+            key, whole, had = current.opened.key, sum(one.ref.size for one in machine.objects()), 0
         if had + size > FETCHES * whole:
             text = f"device {device!r} has fetched {had} bytes in this round: {FETCHES} times the adapter's {whole} is all"
             raise LimitError(text)
-        self._had[device] = key, had + size
+        self._had[device] = key, whole, had + size

@@ -11,9 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
+from ports import free_port
 
 from common import config as configuration
 from common.blocks import write_blocks
@@ -104,16 +103,6 @@ def run_toml(start: str = "fresh", **values: Any) -> str:
     return "\n".join(lines)
 
 
-def free_port() -> int:
-    """A port nobody listens on now."""
-    for _ in range(100):  # below those a system gives to clients, one of which could take it while a server is down
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
-
-
 class Server:
     """A server directory and, between `start` and `stop`, the process on it."""
 
@@ -188,6 +177,12 @@ class Server:
     def log(self) -> str:
         """What the process has said."""
         return (self.directory / "server.log").read_text()
+
+    async def arriving(self, device: str, seconds: float = 20.0) -> None:
+        """Wait until something of an update of the device's has arrived."""
+        async with asyncio.timeout(seconds):
+            while not any(path.stat().st_size for path in (self.directory / "partial" / device).glob("*")):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
 
     def peak(self) -> int:
         """VmHWM in bytes."""

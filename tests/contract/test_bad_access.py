@@ -25,6 +25,7 @@ from server_side import (
     whole_run,
     write_identity,
 )
+from siege import unhidden
 
 from common.errors import IdentityError, UnreachableError
 from common.pb import (
@@ -56,13 +57,9 @@ def idle(tmp_path_factory):
 
 
 async def refused(call) -> grpc.aio.AioRpcError:
-    """The refusal of an awaitable, or of what a function makes: a write that meets an early answer can hide it
-    (INTERNAL), and is then made again."""
-    for _ in range(20):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await (call() if callable(call) else call)
-        if not callable(call) or caught.value.code() is not grpc.StatusCode.INTERNAL:
-            break
+    """The refusal of an awaitable, or of what a function makes, which can be made again."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await (unhidden(call) if callable(call) else call)
     return caught.value
 
 

@@ -13,6 +13,7 @@ import grpc.aio
 import numpy as np
 import pytest
 from server_side import Device, blocks_of, digest_of, error_name, ready_for, run_toml, whole_run
+from siege import unhidden
 
 from common.blocks import key, write_blocks
 from common.pb import objects_pb2, objects_pb2_grpc
@@ -130,12 +131,9 @@ async def push(channel, header, chunks):
 
 
 async def refusal(call) -> tuple[str, grpc.StatusCode, str]:
-    """(error class, status, message). A write that meets the server's early answer can hide it (INTERNAL): asked again."""
-    for _ in range(20):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call()
-        if caught.value.code() is not grpc.StatusCode.INTERNAL:
-            break
+    """(error class, status, message)."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await unhidden(call)
     return error_name(caught.value), caught.value.code(), caught.value.details()
 
 

@@ -237,12 +237,14 @@ def test_a_configuration_keeps_its_mode_its_owner_and_its_place(tmp_path, mode):
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
+def busy(path, target):
+    """`Path.replace`, of a file that is mounted by itself."""
+    raise OSError(errno.EBUSY, "Device or resource busy", str(path), None, str(target))
+
+
 def test_a_configuration_mounted_by_itself_is_written_in_place(tmp_path, monkeypatch):
     path = tmp_path / "client.toml"
     path.write_text(MINE)
-
-    def busy(self, target):
-        raise OSError(errno.EBUSY, "Device or resource busy", str(self), None, str(target))
 
     monkeypatch.setattr(type(path), "replace", busy)
     write_server(path, "there:1")
@@ -255,9 +257,6 @@ def test_a_configuration_mounted_by_itself_is_put_back_when_the_disk_is_full(tmp
     path = tmp_path / "client.toml"
     path.write_text(MINE)
     room = [written]
-
-    def busy(self, target):
-        raise OSError(errno.EBUSY, "Device or resource busy", str(self), None, str(target))
 
     class Full(io.FileIO):
         def write(self, data):

@@ -78,9 +78,7 @@ def test_what_a_device_had_pushed_in_part_is_not_asked_for_again(tmp_path, undis
     offsets = []
 
     async def crash() -> None:
-        async with asyncio.timeout(20):  # let what was sent arrive
-            while not any(path.stat().st_size for path in (server.directory / "partial" / "alice").glob("*")):  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+        await server.arriving("alice")
         server.kill()
         (partial,) = (server.directory / "partial" / "alice").iterdir()
         offsets.append(partial.stat().st_size)

@@ -14,7 +14,8 @@ import sys
 import time
 
 import pytest
-from server_side import MANIFEST, Device, Server, free_port, hello, read, run_toml
+from ports import free_port
+from server_side import MANIFEST, Device, Server, hello, read, run_toml
 
 from common.checkpoint import dump_manifest
 from common.pb import session_pb2_grpc

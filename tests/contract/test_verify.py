@@ -38,9 +38,7 @@ def original(tmp_path_factory) -> Path:
 
     async def kill() -> None:
         await server.until(lambda s: s["rounds_done"] == 1 and s["current"]["devices"]["alice"]["stage"] == "done")
-        async with asyncio.timeout(20):
-            while not any(path.stat().st_size for path in (server.directory / "partial" / "bob").glob("*")):  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+        await server.arriving("bob")
         server.kill()
         killed.set()
         await asyncio.Event().wait()

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from tests.contract.ports import free_port
 from tests.faults import disturb, spawn
 
 DEVICES = ("alpha", "beta")
@@ -83,13 +83,6 @@ write_tokenizer(made)
 for seed, name in enumerate(sys.argv[2:]):
     write_data(root / f"{name}.jsonl", 20 + 8 * seed, seed)
 """
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Ground:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
+from calls import Call, Open
 
 from common.bucket import Buckets
 from common.pb import objects_pb2
-from common.transport.tls import Peer as Caller
 from fp_server.coordinator import Coordinator
 from fp_server.operations import kick
 from fp_server.transfer import Objects
@@ -23,47 +22,12 @@ ROUNDS_OF_THE_LOOP = 400
 """A push whose device says all it has to say is over after so many."""
 
 
-class Door:
-    """Lets in whoever calls, as the device it says it is."""
-
-    authority = SimpleNamespace(check=lambda peer, role: None)
-
-    def caller(self, context: Any, what: str, *roles: str) -> Caller:
-        return Caller("device", context.device)
-
-    @contextlib.asynccontextmanager
-    async def admitted(self, context: Any, what: str, *roles: str) -> Any:
-        yield self.caller(context, what)
-
-
-class Call:
-    """A call's context: what its peer says, in order, and then nothing more."""
-
-    def __init__(self, device: str, says: list[Any]) -> None:
-        self.device, self.says, self.sent = device, says, 0
-
-    async def read(self) -> Any:
-        if not self.says:
-            await asyncio.Event().wait()
-        return self.says.pop(0)
-
-    async def write(self, message: Any) -> None:
-        self.sent += len(message.data)
-
-    async def abort(self, code: Any, details: str = "", metadata: Any = ()) -> None:
-        assert details and metadata, "an error without its name"
-        raise grpc.aio.AbortError
-
-    def peer(self) -> str:
-        return "ipv4:192.0.2.1:443"
-
-
 class PushCase(Case):
     """A session's case whose updates come through `Objects`."""
 
     def _server(self) -> Coordinator:
         made = super()._server()
-        self.objects = Objects(made, Door())  # type: ignore[arg-type]
+        self.objects = Objects(made, Open())  # type: ignore[arg-type]
         self.objects._waits = Buckets(1e9, 1e9)  # who is slowed down takes real time
         return made
 
@@ -77,7 +41,7 @@ class PushCase(Case):
                 machine = self.coordinator.active
                 known = [] if machine is None else sorted(machine.may_fetch(name))
                 request = objects_pb2.FetchRequest(digest=source.of((*known, "0" * 64, "")), offset=source.of((0, 1, 1 << 40)))
-                await self._end(asyncio.ensure_future(self.objects.Fetch(request, Call(name, []))), source.below(2) == 1)
+                await self._end(asyncio.ensure_future(self.objects.Fetch(request, Call(name))), source.below(2) == 1)
             case 2 if source.below(8) == 0:
                 await self._revoke(source.of(DEVICES))
             case _:
@@ -95,7 +59,7 @@ class PushCase(Case):
         ready = objects_pb2.PushHeader.FromString(self.source.of(self.pushed)[0])
         request = objects_pb2.OffsetRequest(key=ready.key, ref=ready.ref)
         with contextlib.suppress(grpc.aio.AbortError):
-            return int((await self.objects.Offset(request, Call(name, []))).offset)  # type: ignore[arg-type]
+            return int((await self.objects.Offset(request, Call(name))).offset)  # type: ignore[arg-type]
         return 0
 
     async def _arrive(self, name: str, header: bytes, data: bytes) -> None:
@@ -112,11 +76,11 @@ class PushCase(Case):
             says[1 + source.below(len(says) - 1) :] = [grpc.aio.EOF]
         elif how == 2:  # what is no chunk
             says.insert(source.below(len(says)), source.of((says[0], objects_pb2.PushMessage())))
-        pushing = [asyncio.ensure_future(self.objects.Push(None, Call(name, list(says))))]  # type: ignore[arg-type]
+        pushing = [asyncio.ensure_future(self.objects.Push(None, Call(name, says)))]  # type: ignore[arg-type]
         while how == 3 and len(pushing) < 4:  # and again, on another line
             for _ in range(source.below(40)):
                 await asyncio.sleep(0)
-            pushing.append(asyncio.ensure_future(self.objects.Push(None, Call(name, list(says)))))  # type: ignore[arg-type]
+            pushing.append(asyncio.ensure_future(self.objects.Push(None, Call(name, says))))  # type: ignore[arg-type]
         for one in pushing:
             await self._end(one, how == 0 and source.below(2) == 1)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -17,6 +15,7 @@ from typing import Any
 
 from fp_server.log import Database, EventLog
 from fp_server.operator import Operator
+from tests.contract.ports import free_port
 
 BIN = Path(sys.executable).parent
 WORDS = [
@@ -37,16 +36,6 @@ WORDS = [
     "token",
     "data",
 ]
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    for _ in range(100):  # below those a system gives to clients, one of which could take it while a server is down
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
 
 
 def write_data(path: Path, rows: int, seed: int) -> Path:

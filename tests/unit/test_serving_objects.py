@@ -9,7 +9,6 @@ import hashlib
 import os
 import threading
 import time
-from types import SimpleNamespace
 
 import grpc.aio
 import pytest
@@ -20,7 +19,6 @@ from test_rounds import MANIFEST, toml
 from common.errors import LimitError, StorageError
 from common.pb import objects_pb2
 from common.transport import serde
-from common.transport.tls import Peer
 from common.types import ObjectRef, UpdateMetrics, UpdateReady
 from fp_server import commands as c
 from fp_server import events as e
@@ -32,48 +30,10 @@ from fp_server.log import EventLog
 from fp_server.objects import Arrival, ObjectStore
 from fp_server.operations import start_run
 from fp_server.transfer import Objects
+from tests.contract.calls import Call, Open
 
 DATA = bytes(range(200))
 REF = ObjectRef(hashlib.sha256(DATA).hexdigest(), len(DATA))
-
-
-class Call:
-    """One call's context. `says`: what its peer sends, in order; an exception is raised, and after the last it is silent."""
-
-    def __init__(self, device="a", says=()) -> None:
-        self.device, self.sent, self.error = device, [], ""
-        self._says, self.reading, self.cut = list(says), asyncio.Event(), asyncio.Event()
-
-    async def read(self):
-        self.reading.set()
-        if not self._says:
-            await asyncio.Event().wait()
-        if isinstance(said := self._says.pop(0), Exception):
-            raise said
-        return said
-
-    async def write(self, message) -> None:
-        self.sent.append(message)
-
-    async def abort(self, code, details="", metadata=()):
-        self.error = f"{dict(metadata)['fp-error']}: {details}"
-        raise grpc.aio.AbortError
-
-    def peer(self) -> str:
-        return "ipv4:192.0.2.1:443"
-
-
-class Open:
-    """Lets in whoever calls."""
-
-    authority = SimpleNamespace(check=lambda peer, role: None)
-
-    def caller(self, context, what, *roles):
-        return Peer("device", context.device)
-
-    @contextlib.asynccontextmanager
-    async def admitted(self, context, what, *roles):
-        yield self.caller(context, what)
 
 
 def with_objects(tmp_path, database, body, limits=None, **run):  # noqa: F811
