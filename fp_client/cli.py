@@ -49,7 +49,10 @@ def join(
         typer.echo(json.dumps({"name": joined.name, "role": joined.role, "server": joined.server, "dir": str(directory)}))
     else:
         typer.echo(
-            f"joined {joined.server} as {joined.role} {joined.name!r}; "
+            f"joined {joined.server} as {joined.role} {joined.name!r} with a new certificate; a daemon that runs takes it up, "
+            f"else `fp-client run{at(directory)}`"
+            if again
+            else f"joined {joined.server} as {joined.role} {joined.name!r}; "
             f"edit {directory / 'client.toml'}, then `fp-client doctor{at(directory)}`"
         )
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,8 @@ app = typer.Typer(
     help="The FedPruner aggregation server. Torch-free; it never sees training data.",
 )  # fmt: skip
 Run = Annotated[str, typer.Argument(help="The run's name; the active or newest one if left out.")]
+PROGRESS_SECONDS = 15.0
+"""A watch into a pipe says how far the devices are this often; what they do, whenever it changes."""
 ALL = 2**32 - 1
 
 
@@ -182,12 +185,13 @@ async def _watch(operator: Any, run: str, json_: bool, last: int) -> None:
     if json_:
         await follow(lambda seen: print(json.dumps(seen), flush=True))  # noqa: T201
     elif not out.is_terminal:
-        said = ""
+        said, known, at = "", "", 0.0
 
         def tell(seen: dict[str, Any]) -> None:
-            nonlocal said
-            if (line := brief(seen)) != said:
-                said = line
+            nonlocal said, known, at
+            line, state = brief(seen, progress=True), brief(seen)
+            if state != known or (line != said and time.monotonic() - at >= PROGRESS_SECONDS):
+                said, known, at = line, state, time.monotonic()
                 print(line, flush=True)  # noqa: T201
 
         await follow(tell)

@@ -68,10 +68,11 @@ def revoke(
 ) -> None:
     """Revoke every certificate and unused token of a name, and end whatever it has under way."""
     from fp_server.operator import Operator
+    from fp_server.views import counted
 
     certificates, tokens = Operator(dir).revoke(name, force)
-    void = f", {tokens} unused token(s) are void" if tokens else ""
-    out.print(f"revoked {certificates} certificate(s) of {name}{void}", highlight=False)
+    void = f"; {counted(tokens, 'unused token')} void" if tokens else ""
+    out.print(f"revoked {counted(certificates, 'certificate')} of {name}{void}", highlight=False)
 
 
 def join(

@@ -32,6 +32,13 @@ class Disconnected:
 
 
 @dataclass(frozen=True)
+class Revoked:
+    """A device's certificates were revoked: nobody waits for it, until it has joined again."""
+
+    device: str
+
+
+@dataclass(frozen=True)
 class ProgressSeen:
     """A device got further: `amount` grows within a phase (steps, units or bytes). `measured`: not by its own word."""
 
@@ -66,7 +73,7 @@ class Recovered:
     """Seconds that the round under way had lasted, where that is known better than from its last event."""
 
 
-Stimulus = Tick | Connected | Disconnected | ProgressSeen | NotReceived | PlanConfirmed | Recovered
+Stimulus = Tick | Connected | Disconnected | Revoked | ProgressSeen | NotReceived | PlanConfirmed | Recovered
 
 
 @dataclass(frozen=True)

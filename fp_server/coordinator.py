@@ -122,11 +122,13 @@ class Coordinator(Archive):
         that the fold has come to: the time the server was down is nobody's, and what follows is decided when all is taken up.
         """
         current, revoked = machine.current, list[str]()
+        self.log.enter(lambda c: revoked.extend(name for name in sorted(machine.plans) if books.revoked(c, name)))
+        machine.revoked.update(revoked)
         if current is None or current.closed is not None:
             return
-        there = [name for name, member in sorted(current.members.items()) if member.stage is not Stage.DROPPED]
-        self.log.enter(lambda c: revoked.extend(name for name in there if books.revoked(c, name)))
         for name in revoked:
+            if name not in current.members or current.members[name].stage is Stage.DROPPED:
+                continue
             event = e.DeviceDropped(machine.name, current.opened.key, name, "IdentityError", str(revoked_error(name)), True)
             await self.log.append(event, machine.told_at)
             tell(event)

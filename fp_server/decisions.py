@@ -35,13 +35,27 @@ def decide(machine: RunMachine, now: float) -> list[Command]:
     if machine.failures >= run.max_attempts:
         reason = f"round {machine.next_round + 1} failed {machine.failures} times; see the devices' errors, then resume"
         return [Record(e.RunPaused(machine.name, reason))]
-    able = sorted(d for d in machine.connected - machine.stale if machine.capacity(d) is not None)
+    able = _able(machine)
     if machine.next_round == run.rounds:
         return _open_evaluation(machine, able, now)
     if run.evaluation is Evaluation.ALL and machine.next_round == 0 and not machine.evaluated and len(able) >= run.min_devices:
         key = TaskKey(machine.name, 0, machine.attempt)
         return [Record(e.RoundOpened(machine.name, key, tuple(able), tuple(able), _excluded(machine, able), True, 0))]
     return _open(machine, able)
+
+
+def _able(machine: RunMachine) -> list[str]:
+    return sorted(d for d in machine.connected - machine.stale if machine.capacity(d) is not None)
+
+
+def awaited(machine: RunMachine) -> list[str]:
+    """The last round's devices that the final evaluation waits for; none when it is not about to begin."""
+    if machine.current is not None or machine.ended is not None or machine.next_round != machine.config.run.rounds:
+        return []
+    if machine.paused is not None or not machine.config.run.final_evaluation:
+        return []
+    said = machine.connected - machine.stale  # one that is there and not able has no place in the run any more
+    return [d for d in machine.evaluated or machine.history.trained if d not in said and d not in machine.revoked]
 
 
 def after_close(machine: RunMachine, current: Round) -> Review | Aggregate:
@@ -55,8 +69,7 @@ def _open_evaluation(machine: RunMachine, able: list[str], now: float) -> list[C
     run, key = machine.config.run, TaskKey(machine.name, machine.next_round, machine.attempt)
     last = machine.evaluated or machine.history.trained
     waited = now - machine.idle_since > run.progress_timeout_seconds
-    away = [d for d in last if d not in able and (d in machine.stale or d not in machine.connected)]
-    if away and not waited:
+    if awaited(machine) and not waited:
         return []
     drawn = tuple(d for d in last if d in able and run.evaluation is Evaluation.DRAWN) or tuple(able)
     if not drawn:

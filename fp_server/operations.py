@@ -7,7 +7,7 @@ from common.types import ModelManifest
 from fp_server import audit
 from fp_server import events as e
 from fp_server.audit import SERVER, Actor, Entry
-from fp_server.commands import Connected, Disconnected
+from fp_server.commands import Connected, Revoked
 from fp_server.config import RunConfig
 from fp_server.coordinator import Coordinator
 from fp_server.identity import revoked_error
@@ -83,8 +83,8 @@ async def _leave_round(coordinator: Coordinator, name: str, session: Session | N
     """Take a revoked device out of the round, unless it is closed: decided under the lock, so that the log never says so of an
     update that counts."""
     async with coordinator.lock:
-        if session is not None and coordinator.sessions.get(name) is session:  # it is about to end: no round must draw it
-            await coordinator.post_locked(Disconnected(name))
+        if coordinator.sessions.get(name) is session:  # no round must draw it, nor wait for it
+            await coordinator.post_locked(Revoked(name))
         machine = coordinator.active
         current = machine.current if machine is not None else None
         if machine is None or current is None or current.closed is not None:

@@ -24,6 +24,7 @@ from fp_server.commands import (
     PlanConfirmed,
     ProgressSeen,
     Recovered,
+    Revoked,
     SendCancel,
     SendEnded,
     SendPlanRequest,
@@ -89,10 +90,14 @@ class RunMachine(RunState):
                 self._on_ended(happening, out)
             case Connected():
                 self.connected.add(happening.device)
+                self.revoked.discard(happening.device)
                 self.stale.add(happening.device)
                 self._greet(happening.device, out)
             case Disconnected():
                 self.connected.discard(happening.device)
+            case Revoked():
+                self.connected.discard(happening.device)
+                self.revoked.add(happening.device)
             case ProgressSeen():
                 self._on_progress(happening, now)
             case NotReceived():

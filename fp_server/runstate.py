@@ -26,6 +26,8 @@ class RunState:
         self.connected: set[str] = set()
         self.stale: set[str] = set()
         """Devices that have connected since they last said what they can hold."""
+        self.revoked: set[str] = set()
+        """Devices that were revoked and have not come back with a new certificate."""
         self.plans: dict[str, e.PlanReceived] = {}
         self.ledger: dict[int, ObjectRef] = {}
         self.broadcast: dict[int, ObjectRef] = {}

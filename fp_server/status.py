@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from common.types import UnitId
 from fp_server import events as e
 from fp_server.capacity import refusal
+from fp_server.decisions import awaited
 from fp_server.rounds import RunMachine
 from fp_server.roundstate import KEPT, Entry, History, Member, Round, add_losses
 
@@ -111,6 +112,7 @@ def status(
         "gradient": machine.config.train.gradient.value,
         "min_devices": machine.config.run.min_devices,
         "needed_devices": machine.config.needed,
+        "awaited_devices": awaited(machine),
         "min_holders": machine.config.limits.min_holders,
         "model_units": len(machine.units),
         "ledger_layers": [layer + 1 for layer in sorted(machine.ledger)],

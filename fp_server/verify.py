@@ -90,6 +90,11 @@ class Verdict:
 
 def verify(directory: Path, seen: OnObject = lambda done, total: None) -> Verdict:
     """Check a data directory. Raises ConfigError when it is none."""
+    if directory.is_file():
+        raise ConfigError(
+            f"{directory}: a file; of a backup's archive unpack it first (`mkdir -m 700 DIR && tar -xf {directory} -C DIR`), "
+            "then `fp-server verify DIR`"
+        )
     if not (directory / "log.sqlite").exists() and not (directory / "server.toml").exists():
         raise ConfigError(f"{directory}: not a server directory (it has no server.toml and no log.sqlite)")
     verdict = Verdict(directory)

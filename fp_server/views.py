@@ -23,9 +23,9 @@ def _of_a_server(view: Callable[..., T]) -> Callable[..., T]:
     """What is shown came over the wire, from a server that may be of another version, or say anything."""
 
     @functools.wraps(view)
-    def shown(*args: Any) -> T:
+    def shown(*args: Any, **how: Any) -> T:
         try:
-            return view(*args)
+            return view(*args, **how)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, NotRenderableError) as error:
             why = f"{type(error).__name__}: {str(error)[:100]}"
             raise ProtocolError(f"what the server said can't be shown ({why}); --json prints it as it came") from None
@@ -89,6 +89,10 @@ def _whose(run: dict[str, Any]) -> str:
     return f"on the data of {devices(first)} at first and {devices(last)} now, not the same ones (run.evaluation)"
 
 
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def devices(count: int) -> str:
     """``1 device``, ``3 devices``."""
     return counted(count, "device")
@@ -104,15 +108,18 @@ def _are(count: int) -> str:
 
 
 @_of_a_server
-def brief(status: dict[str, Any]) -> str:
-    """One line: where the run stands and what each device of the round under way does."""
+def brief(status: dict[str, Any], progress: bool = False) -> str:
+    """One line: where the run stands and what each device of the round under way does, if asked how far it is with it."""
     if status["run"] is None:
         return "no run yet"
     text = f"{status['run']}: {status['state']}, {status['rounds_done']} of {status['rounds']} rounds"
     if status["loss_first"] is not None:
         text += f", full-model held-out loss {_change(status)}"
     if (current := status["current"]) is not None:
-        doing = (f"{name} {member['stage']}" for name, member in current["devices"].items())
+        doing = (
+            f"{name} {member['stage']}" + (f" ({_progress(member['progress'])})" if progress and "progress" in member else "")
+            for name, member in current["devices"].items()
+        )
         text += f"; {_name(current)}: {', '.join(doing)}"
     return plain(text).plain
 
@@ -148,6 +155,10 @@ def _headline(status: dict[str, Any]) -> Text:
         more = "; measured again with the next round" if status["loss_first"] == status["loss_last"] else ""
         text.append(f"\n  {_whose(status)}{more}", style="dim")
     if status["state"] == "gathering":
+        if waited := status.get("awaited_devices"):  # an older server says nothing of it
+            text.append(plain(f"\nthe final evaluation waits for {_names(waited)}, at most run.progress_timeout_seconds"))
+        if status["rounds_done"] == status["rounds"]:
+            return text
         able = sum(device["connected"] and device["units"] > 0 for device in status["devices"].values())
         needed = status.get("needed_devices", status["min_devices"])  # an older server says nothing of it
         why = "run.min_devices" if needed == status["min_devices"] else "of fewer not run.min_updates would be drawn"
@@ -182,7 +193,11 @@ def _devices(status: dict[str, Any]) -> Table:
 def _revoked(name: str, history: list[dict[str, Any]]) -> bool:
     """Whether the last round a device was in ended for it by its revocation."""
     last: dict[str, Any] = next((entry["devices"][name] for entry in reversed(history) if name in entry["devices"]), {})
-    return last.get("error") == "IdentityError" and "has been revoked" in last.get("message", "")
+    return _by_revocation(last)
+
+
+def _by_revocation(member: dict[str, Any]) -> bool:
+    return member.get("error") == "IdentityError" and "has been revoked" in member.get("message", "")
 
 
 def spans(labels: list[str]) -> str:
@@ -203,7 +218,7 @@ def _rounds(rounds: list[dict[str, Any]], losses: dict[int, float]) -> Group:
     for entry in rounds:
         parts.append(_round_line(entry, losses.get(entry["round"] - 1)))
         if not entry["evaluation"]:
-            parts.append(_round_table(entry))
+            parts += _round_table(entry)
             parts += _gradient_table(entry)
     return Group(*parts)
 
@@ -229,7 +244,9 @@ def _round_line(entry: dict[str, Any], loss: float | None) -> Text:
     return Text.assemble((f"\n{name}", "bold"), plain("  " + ", ".join(said)))
 
 
-def _round_table(entry: dict[str, Any]) -> Table:
+def _round_table(entry: dict[str, Any]) -> list[RenderableType]:
+    """The devices of a round; what is long is said below, or the table would not fit."""
+    said: list[RenderableType] = []
     table = Table("device", "units drawn", "up", "peak (planned)", "training loss", "", box=None, header_style="dim")
     for device, member in entry["devices"].items():
         trained = "loss_last" in member
@@ -238,9 +255,19 @@ def _round_table(entry: dict[str, Any]) -> Table:
             plain(device), spans(member.get("units", [])),
             size(member["update_bytes"]) if trained else "", peak,
             f"{_loss(member['loss_first'])} → {_loss(member['loss_last'])}" if member.get("loss_last") is not None else "",
-            plain(member.get("message") or _review(member) or ("" if trained else member["stage"])),
+            plain(_outcome(member) or ("" if trained else member["stage"])),
         )  # fmt: skip
-    return table
+        if reason := member.get("message") or _review(member):
+            said.append(plain(f"{device}: {reason}", "dim"))
+    return [table, *said]
+
+
+def _outcome(member: dict[str, Any]) -> str:
+    """A word for what set a device apart, if anything."""
+    if member.get("message"):
+        return "revoked" if _by_revocation(member) else "dropped"
+    review = member.get("review")
+    return "" if review is None or review["outlier"] is None else "left out" if review["rejected"] else "stands out"
 
 
 def _review(member: dict[str, Any]) -> str:

@@ -151,7 +151,7 @@ def _forbid_rejoin(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     if certificate.public_key() == key.public_key() and datetime.now(UTC) < tls.renewable_from(certificate):
         raise IdentityError(
             f"{path}: this directory has already joined (valid until {certificate.not_valid_after_utc:%Y-%m-%d}); "
-            "join in another --dir, or with --again to replace the certificate"
+            "join in another --dir, or with --again to replace the certificate (it may be revoked: that does not show here)"
         )
 
 

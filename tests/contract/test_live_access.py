@@ -243,7 +243,7 @@ def test_the_last_operator_can_be_made_again_beside_the_running_server(tmp_path)
     server.start()
     at = ("--dir", server.directory)
     try:
-        assert "revoked 1 certificate(s) of operator" in cli("revoke", "operator", *at)
+        assert "revoked 1 certificate of operator" in cli("revoke", "operator", *at)
         said = cli("runs", *at, code=6)
         assert "certificate of 'operator' has been revoked" in said and "`fp-server operator --dir" in said
         assert "operator.pem: operator 'operator', valid until 20" in cli("operator", *at)

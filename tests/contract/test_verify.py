@@ -189,6 +189,9 @@ def test_keys_configuration_orphans_and_quarantine(directory):
 def test_a_directory_that_is_none(tmp_path):
     said = tool("verify", str(tmp_path))
     assert said.returncode == 2 and "not a server directory" in said.stderr
+    (tmp_path / "b.tar").touch()
+    said = tool("verify", str(tmp_path / "b.tar"))
+    assert said.returncode == 2 and "unpack it first (`mkdir" in said.stderr
 
 
 def test_the_server_works_on_while_it_is_verified(server):

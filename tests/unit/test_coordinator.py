@@ -518,6 +518,7 @@ def test_a_revoked_device_takes_its_update_out_of_the_open_round(tmp_path, datab
         assert coordinator.active.current.members["a"].counts
         await kick(coordinator, "a")
         await kick(coordinator, "a")  # twice is once
+        assert coordinator.active.revoked == {"a"}
         member = coordinator.active.current.members["a"]
         assert not member.counts and member.dropped.error == "IdentityError"
         async with asyncio.timeout(10):
@@ -699,6 +700,7 @@ def test_a_closed_round_keeps_the_update_of_who_is_revoked_then(tmp_path, databa
 
     async def nothing(coordinator):
         assert coordinator.active.current.members["a"].dropped is None
+        assert coordinator.active.revoked == {"a"}, "nobody waits for it"
 
     with_coordinator(tmp_path, database, revoked)
     restarted(tmp_path, database, nothing)

@@ -576,6 +576,30 @@ def test_the_final_evaluation_waits_for_who_is_away_but_not_for_ever():
         assert shell.machine.current.opened.drawn == (("a", "b") if back else ("a",))
 
 
+def test_the_final_evaluation_waits_for_nobody_who_was_revoked():
+    for when in ("before", "meanwhile"):
+        shell = opened(rounds=1, progress_timeout_seconds=10.0)
+        shell.probe("a", "b")
+        shell.assign("a", "b")
+        shell.accept("a", "b")
+        shell.do(c.Revoked("b") if when == "before" else c.Disconnected("b"))
+        shell.commit()
+        if when == "meanwhile":
+            assert shell.machine.current is None
+            shell.do(c.Revoked("b"))
+        assert shell.machine.current.opened.drawn == ("a",)
+
+
+def test_a_revoked_device_that_has_joined_again_is_waited_for():
+    shell = opened(rounds=1, progress_timeout_seconds=10.0)
+    shell.probe("a", "b")
+    shell.assign("a", "b")
+    shell.accept("a", "b")
+    shell.do(c.Revoked("b"), c.Connected("b"), c.Disconnected("b"))
+    shell.commit()
+    assert shell.machine.current is None
+
+
 def test_a_run_nobody_is_left_to_evaluate_ends():
     shell = opened(rounds=1, progress_timeout_seconds=10.0)
     shell.probe("a", "b")

@@ -234,6 +234,40 @@ def test_a_gathering_run_says_what_it_waits_for_and_a_line_says_where_a_run_stan
     assert brief(status(None, "", [])) == "no run yet"
 
 
+def test_in_a_pipe_one_sees_how_far_a_device_is():
+    shell = opened()
+    shell.do(c.ProgressSeen("a", shell.key, "probing", 3, 8))
+    made = whole(shell.machine)
+    assert "a probing (probing 37 %), b probing" in brief(made, progress=True), brief(made, progress=True)
+    assert "a probing, b probing" in brief(made)
+
+
+def test_what_the_final_evaluation_waits_for_is_said():
+    shell = opened(rounds=1, min_devices=2)
+    shell.probe("a", "b")
+    shell.assign("a", "b")
+    shell.accept("a", "b")
+    shell.do(c.Disconnected("b"))
+    shell.commit()
+    made = whole(shell.machine)
+    assert made["state"] == "gathering" and made["awaited_devices"] == ["b"]
+    text = shown(status_view(made))
+    assert "the final evaluation waits for b" in text and "able devices" not in text
+    assert whole(opened().machine)["awaited_devices"] == []
+
+
+def test_a_reason_is_below_the_rounds_table_which_fits_80_columns():
+    shell = opened()
+    gone = "the certificate of 'b' has been revoked; ask the operator for a new token"
+    shell.do(e.DeviceDropped("r", shell.key, "b", "IdentityError", gone, True))
+    shell.do(e.DeviceDropped("r", shell.key, "a", "WorkerError", "it broke"))
+    shell.do(c.Disconnected("b"))
+    lines = [line.rstrip() for line in shown(status_view(whole(shell.machine, connected=("a",))), 80).splitlines()]
+    assert f"b: {gone}" in lines and "a: it broke" in lines, lines
+    rows = [line.split() for line in lines if line.startswith((" a ", " b "))]
+    assert [row[-1] for row in rows[:2]] == ["dropped", "revoked"], lines  # the next attempt follows
+
+
 def test_a_device_that_is_away_has_another_mark_and_a_revoked_one_says_so():
     shell = opened()
     gone = "the certificate of 'b' has been revoked; ask the operator for a new token"
