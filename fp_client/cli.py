@@ -44,6 +44,7 @@ def join(
 
     text = sys.stdin.readline() if token == "-" else token
     say = (lambda _: None) if as_json else (lambda line: typer.echo(line, err=True))
+    known = (directory / "client.toml").exists()
     joined = asyncio.run(enroll(text, directory, say=say, again=again))
     if as_json:
         typer.echo(json.dumps({"name": joined.name, "role": joined.role, "server": joined.server, "dir": str(directory)}))
@@ -51,7 +52,7 @@ def join(
         typer.echo(
             f"joined {joined.server} as {joined.role} {joined.name!r} with a new certificate; a daemon that runs takes it up, "
             f"else `fp-client run{at(directory)}`"
-            if again
+            if again and known
             else f"joined {joined.server} as {joined.role} {joined.name!r}; "
             f"edit {directory / 'client.toml'}, then `fp-client doctor{at(directory)}`"
         )

@@ -30,6 +30,8 @@ class DataSection(Section):
     """.json or .jsonl files in Alpaca form, or `datasets` ids; ``--data`` takes their place."""
     devices: PositiveInt = 20
     rows_per_device: PositiveInt = 500
+    fewest_rows: PositiveInt | None = None
+    """What the first device has; the others have ever more of them, each by the same factor, the last one `rows_per_device`."""
     held_out: PositiveInt = 96
     """Rows no device has: the full model's loss on them is what rows are judged by."""
     partition: Literal["iid", "verb", "source"] = "iid"

@@ -68,7 +68,7 @@ def check_partition(directory: Path, section: DataSection, window: int) -> None:
 def _stamp(section: DataSection, window: int) -> dict[str, Any]:
     """What a partition is made from. Files are told by their content: they may be moved."""
     sources = [digest_file(Path(s)) if Path(s).is_file() else s for s in section.sources]
-    return {**section.model_dump(mode="json"), "sources": sources, "window": window}
+    return {**section.model_dump(mode="json", exclude_none=True), "sources": sources, "window": window}
 
 
 def _check(target: Path, section: DataSection, window: int) -> None:
@@ -76,7 +76,7 @@ def _check(target: Path, section: DataSection, window: int) -> None:
     wanted = _stamp(section, window)
     if not section.sources:  # the files are here; nothing else is needed of where they came from
         wanted["sources"] = made["sources"]
-    if different := [key for key in wanted if wanted[key] != made.get(key)]:
+    if different := sorted(key for key in made.keys() | wanted.keys() if wanted.get(key) != made.get(key)):
         raise ConfigError(
             f"{target}: was made with other {', '.join(different)}, and rows would not be comparable; "
             "use another --out for a new partition"
@@ -144,11 +144,23 @@ def _dump(path: Path, opened: Sequence[Rows], places: Sequence[Place]) -> None:
 
 
 def deal(rest: Sequence[Place], opened: Sequence[Rows], section: DataSection, rng: np.random.Generator) -> list[list[Place]]:
-    """`rows_per_device` of the rows in `rest` for each device, no row twice.
+    """`rows_per_device` of the rows in `rest` for each device, no row twice; fewer of these where `fewest_rows` is set.
 
     By kind, a device's shares p ~ Dirichlet(alpha) are drawn and its rows one after another from kinds with these
     chances; a kind that has run out is passed over.
     """
+    whole = _deal(rest, opened, section, rng)
+    return [mine[:count] for mine, count in zip(whole, row_counts(section), strict=True)]
+
+
+def row_counts(section: DataSection) -> list[int]:
+    """How many rows each device has."""
+    most, fewest = section.rows_per_device, section.fewest_rows or section.rows_per_device
+    growth = (most / fewest) ** (1 / max(1, section.devices - 1))
+    return [min(most, round(fewest * growth**index)) for index in range(section.devices)]
+
+
+def _deal(rest: Sequence[Place], opened: Sequence[Rows], section: DataSection, rng: np.random.Generator) -> list[list[Place]]:
     size = section.rows_per_device
     if section.partition == "iid":
         return [list(rest[n * size : (n + 1) * size]) for n in range(section.devices)]

@@ -118,9 +118,10 @@ def _what(experiment: Experiment, results: Sequence[RowResults]) -> str:
     data, zero = experiment.data, [loss for row in results for loss in row.losses(0).values()]
     dealt = {"iid": "dealt at random", "verb": "by instruction verb", "source": "by source"}[data.partition]
     dealt += "" if data.partition == "iid" else f", Dirichlet({data.alpha:g})"
+    count = f"{data.fewest_rows} to {data.rows_per_device}" if data.fewest_rows else str(data.rows_per_device)
     return (
         f"{experiment.model.name}, {experiment.dtype}, windows of {experiment.window} tokens; {data.devices} devices with "
-        f"{data.rows_per_device} examples each ({dealt}), {data.held_out} held-out responses that no device has. "
+        f"{count} examples each ({dealt}), {data.held_out} held-out responses that no device has. "
         f"Before the first round the loss is {_span(zero)}."
     )
 

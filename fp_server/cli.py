@@ -114,7 +114,7 @@ def start(
     if config.limits.min_holders == 1:
         err.print(
             "warning: limits.min_holders is 1: a layer only one device trained goes to all devices as that device's own update; "
-            "limits.min_holders = 2 in the run file holds it back",
+            "limits.min_holders = 2 in the run file holds it back, and 3 what one of two holders could work out",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     if why := _uncapped(dir, config.limits.max_samples):

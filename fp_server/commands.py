@@ -33,7 +33,7 @@ class Disconnected:
 
 @dataclass(frozen=True)
 class Revoked:
-    """A device's certificates were revoked: nobody waits for it, until it has joined again."""
+    """A device's certificates were revoked: nobody waits for it, until it has connected with a new one."""
 
     device: str
 

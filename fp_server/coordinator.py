@@ -84,9 +84,9 @@ class Coordinator(Archive):
         self._elapsed = Elapsed(store.scratch.parent)
         self._bytes_down = 0
         self._failing_since: float | None = None
+        """Since when the log can't be written, as far as that is not made up for yet."""
         self._looked: float | None = None
         """When the state was last looked at, by the clock."""
-        """Since when the log can't be written, as far as that is not made up for yet."""
         self.draining = False
         """The server is about to stop: it begins nothing more."""
 

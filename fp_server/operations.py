@@ -83,7 +83,7 @@ async def _leave_round(coordinator: Coordinator, name: str, session: Session | N
     """Take a revoked device out of the round, unless it is closed: decided under the lock, so that the log never says so of an
     update that counts."""
     async with coordinator.lock:
-        if coordinator.sessions.get(name) is session:  # no round must draw it, nor wait for it
+        if coordinator.sessions.get(name) in (None, session):  # no round must draw it, nor wait for it
             await coordinator.post_locked(Revoked(name))
         machine = coordinator.active
         current = machine.current if machine is not None else None

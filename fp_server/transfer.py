@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc.aio
 
-from common.bucket import Bucket, Buckets
+from common.bucket import Buckets
 from common.errors import (
     AlreadyDone,
     FedPrunerError,
@@ -60,6 +60,7 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         self._under_way = 0
         """Pushes that have their turn, those included that give way to another of their device."""
         self._waits = Buckets(1 / TELL_SECONDS, 1)
+        self._small = Buckets(PIECES, PIECES_BURST)
         self._ration = Ration()
         self._quota = Quota(coordinator.store.partial, coordinator.config.limits)
         self._checking = asyncio.Semaphore(1)  # memory must not grow with the number of devices that push at once
@@ -243,11 +244,11 @@ class Objects(objects_pb2_grpc.ObjectsServicer):
         def expected() -> None:
             self._expected(device, ready.key)
 
-        told, small = 0.0, Bucket(PIECES, PIECES_BURST)
+        told = 0.0
         while (message := await _read(context, expected)) is not grpc.aio.EOF:
             if message.WhichOneof("body") != "chunk":
                 raise ProtocolError("after its header a push holds chunks only")
-            if len(message.chunk.data) < SMALL_PIECE and (wait := small.take(time.monotonic())):
+            if len(message.chunk.data) < SMALL_PIECE and (wait := self._small.take(device, time.monotonic())):
                 await asyncio.sleep(wait)
             await asyncio.to_thread(arrival.write, message.chunk.data)
             if (now := time.monotonic()) - told >= TELL_SECONDS:

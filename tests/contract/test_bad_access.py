@@ -527,7 +527,10 @@ def test_many_messages_at_once_slow_their_sender_down_and_nobody_else(server):
         server.start()
 
 
-def test_revoking_in_mid_session_ends_it_and_the_round_goes_on(server):
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_revoking_in_mid_session_ends_it_and_the_round_goes_on(server, evaluated):
+    """The final evaluation waits for nobody who was revoked, which would take `progress_timeout_seconds`: ten minutes."""
+
     async def body():
         alice, bob = Device(server, "alice"), Device(server, "bob")
 
@@ -536,7 +539,7 @@ def test_revoking_in_mid_session_ends_it_and_the_round_goes_on(server):
                 assert (await admin.Revoke(admin_pb2.RevokeRequest(name="bob"), timeout=10)).count == 1
 
         bob.hooks["probed"] = revoke
-        run = await server.begin(run_toml(rounds=1, final_evaluation=False))
+        run = await server.begin(run_toml(rounds=1, final_evaluation=evaluated))
         async with asyncio.timeout(30):
             results = await asyncio.gather(alice.live(), bob.live(), return_exceptions=True)
         assert results[0] is None

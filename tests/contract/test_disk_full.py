@@ -123,6 +123,14 @@ def assert_nothing_lost(server: Server, status: dict[str, Any], ledger: dict[int
     assert not found.damaged and not found.orphans and not found.quarantine, found
 
 
+def assert_said_clearly(server: Server, felt: bool = True) -> None:
+    """No stack trace, and a line of its own about the disk, beside the one that a fault point says."""
+    said = (server.directory / "server.log").read_text()
+    assert "Traceback" not in said, said[said.index("Traceback") :][:2000]
+    lines = [line for line in said.splitlines() if "fault point" not in line and ("full" in line or "space" in line)]
+    assert lines or not felt, said[-2000:]
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_a_disk_that_fills_up_in_a_round(small, disk, undisturbed, point):
     """Full from this point of round 1 on, for two seconds, whatever the server wants to write meanwhile."""
@@ -150,6 +158,7 @@ def test_a_disk_that_fills_up_in_a_round(small, disk, undisturbed, point):
         alice.hooks[point] = squeeze
     status, ledger = finish(small, [alice, bob])
     assert_nothing_lost(small, status, ledger, undisturbed)
+    assert_said_clearly(small, felt=False)
     assert len(seen) == 1 and all("full" in text or "space" in text for text in seen if text)
     said = [error for error in alice.errors + bob.errors if "RESOURCE_EXHAUSTED" in error]
     assert all("full" in error or "space" in error for error in said)
@@ -187,6 +196,7 @@ def test_a_full_disk_at_every_named_point_of_a_round(tmp_path, monkeypatch, undi
             server.start()
             assert server.stop() == 0
         assert_nothing_lost(server, status, server.ledger(), undisturbed)
+        assert_said_clearly(server)
     finally:
         if server.process is not None:
             server.kill()

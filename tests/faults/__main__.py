@@ -26,7 +26,7 @@ from typing import Any
 
 from tests.faults import shadow, sources, spawn
 from tests.faults.case import Case, Result
-from tests.faults.cases import EVENT, RANDOM, Trace, counted, point_cases, random_case, sample, storage_cases
+from tests.faults.cases import RANDOM, Trace, counted, events, point_cases, random_case, sample, storage_cases
 from tests.faults.fleet import play
 from tests.faults.ground import DEVICES, Ground
 from tests.faults.report import recorded, report
@@ -79,7 +79,7 @@ class Played:
         written: dict[str, Any] = {}
         for eventful in (False, True):
             root, name = self._place / "calm", "eventful" if eventful else "ordinary"
-            case = Case(f"undisturbed, {name}", {"server": [dict(EVENT)]} if eventful else {}, trace=True, eventful=eventful)
+            case = Case(f"undisturbed, {name}", events(eventful), trace=True, eventful=eventful)
             result = play(self._ground, root, case, None)
             if result.outcome != "identical" or result.restarts:
                 keep(root, self._directory, case.name)
@@ -104,8 +104,7 @@ class Played:
             ]
         )
         if key not in self._references:
-            faults = {"server": [dict(EVENT)]} if case.eventful else {}
-            calm = Case(f"reference of {case.name}", faults, eventful=case.eventful, refuse=refuse)
+            calm = Case(f"reference of {case.name}", events(case.eventful), eventful=case.eventful, refuse=refuse)
             result = play(self._ground, self._place / "reference", calm, None)
             if result.outcome == "failed":
                 keep(self._place / "reference", self._directory, calm.name)

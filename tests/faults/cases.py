@@ -44,8 +44,17 @@ def counted(lines: dict[str, list[str]]) -> Trace:
 PLACES = ("server", "alpha", "export")
 """Processes whose points are tried; beta's are alpha's."""
 
-EVENT: dict[str, Any] = {"at": "server.review.before", "do": "ask:flip:objects"}
-"""What an eventful federation's server has besides (`ground.liven`): an update is damaged, so that it is quarantined."""
+EVENTS: dict[str, list[dict[str, Any]]] = {
+    "server": [{"at": "server.review.before", "do": "ask:flip:objects"}],
+    "alpha": [{"at": "worker.task.step", "do": "delay:2.5"}],
+}
+"""What an eventful federation has besides (`ground.liven`): an update is damaged, so that it is quarantined, and a task takes so
+long that its device says how far it is, on a fast machine, too."""
+
+
+def events(eventful: bool) -> dict[str, list[dict[str, Any]]]:
+    """The faults of a federation that is undisturbed otherwise."""
+    return {name: [dict(one) for one in faults] for name, faults in EVENTS.items()} if eventful else {}
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Passed:
     def case(self, name: str, do: str, **more: Any) -> Case:
         """Something is done there. The hit is in the middle of the run, where that is certain to come."""
         fault = {"at": self.point, "hit": self.hit, "do": do}
-        faults: dict[str, list[dict[str, Any]]] = {"server": [dict(EVENT)]} if self.eventful else {}
+        faults = events(self.eventful)
         faults.setdefault(self.place, []).append(fault)
         return Case(f"{self.point} {name}", faults, eventful=self.eventful, **more)
 
@@ -90,6 +99,9 @@ LIVELY = (
     "device.renewal",
     "worker.spill",
     "common",
+    "server.session.heard/progress",
+    "device.session.say/progress",
+    "device.session.said/progress",
 )
 """What an eventful run is for; what else it passes, the ordinary one does as well."""
 

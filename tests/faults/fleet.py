@@ -15,7 +15,7 @@ from typing import Any
 from common.errors import StorageError
 from tests.faults import disturb, proxy, shadow, spawn
 from tests.faults.case import Case, Result
-from tests.faults.cases import EVENT
+from tests.faults.cases import EVENTS
 from tests.faults.deeds import NOTHING, Asked, acted, ended, kills, thaw
 from tests.faults.evidence import inspect, missing
 from tests.faults.ground import DEVICES, ROUNDS, Ground, armed, free_port, liven
@@ -145,7 +145,7 @@ class Fleet:
         if self.case.proxied:
             self.start("proxy")
         self.start("server")
-        if all(one == EVENT for one in self.case.faults.get("server", [])):
+        if all(one in EVENTS["server"] for one in self.case.faults.get("server", [])):
             self._await_server()
         for name in DEVICES:
             self.start(name)
@@ -286,9 +286,7 @@ class Fleet:
         return Result(self.case.name, outcome, why, round(seconds, 1), self.happened(), self.restarts, found)
 
     def _traceback(self) -> str:
-        """An unexpected error that a daemon has logged, where no failing disk was asked for."""
-        if any("fail" in one["do"] for faults in self.case.faults.values() for one in faults):
-            return ""
+        """An unexpected error that a daemon has logged; a failing disk is none."""
         for name in ("server", *DEVICES):
             if (text := self.log(name)) and "Traceback" in text:
                 return f"{name} has logged a traceback: {text[text.index('Traceback') :][:1200]}"

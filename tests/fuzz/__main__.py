@@ -18,9 +18,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "contract")]
+for _place in (ROOT / "tests" / "contract", ROOT / "tests", ROOT):
+    sys.path.insert(0, str(_place))
+
+from tests.faults import sources  # noqa: E402
+
 SLOWEST = 60
 """Seconds one input may take; more is a hang. A few milliseconds are usual, on an idle machine."""
+MACHINES, MORE = ("session", "pushes", "device's agent", "admin request"), 5
+"""Targets with a state: hundreds of inputs a second, or fewer, and so many times as long."""
+PARTS = ("common", "fp_server", "fp_client", "proto", "tests/fuzz")
 MARKS = ("<!-- fuzz: written by `make fuzz-report` -->", "<!-- /fuzz -->")
 
 
@@ -108,12 +115,29 @@ def show(counts: dict[str, Any]) -> None:
     Console().print(made)
 
 
+def load(path: Path) -> dict[str, Any]:
+    """What was fuzzed of the present sources; inputs that older ones have seen count for nothing, the corpus stays."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return kept["targets"] if kept.get("sources") == sources.digest(parts=PARTS) else {}
+
+
+def store(counts: dict[str, Any], path: Path) -> None:
+    """Write the counts in one step."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"sources": sources.digest(parts=PARTS), "targets": counts}, indent=1))
+    temporary.replace(path)
+
+
 def report(counts: dict[str, Any], path: Path) -> None:
     """Put the table between the marks of a document."""
+    if not counts:
+        raise SystemExit("nothing was fuzzed of the present sources: make fuzz")
     lines = [
         "| " + " | ".join(HEAD) + " |",
         "| --- |" + " ---: |" * (len(HEAD) - 1),
         *("| " + " | ".join(r) + " |" for r in table(counts)),
+        "",
+        f"All of sources {sources.digest(parts=PARTS)} (commit {sources.commit(parts=PARTS) or 'unknown'}).",
     ]
     before, _, rest = path.read_text().partition(MARKS[0])
     path.write_text(before + MARKS[0] + "\n" + "\n".join(lines) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2])
@@ -121,16 +145,16 @@ def report(counts: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Example: make fuzz SECONDS=60, or: make fuzz TARGETS='session update'"
+        description=__doc__, epilog="Example: make fuzz SECONDS_EACH=60, or: make fuzz TARGETS='session update'"
     )
     parser.add_argument("--dir", type=Path, default=ROOT / ".cache" / "fuzz")
-    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--seconds", type=int, default=60, help=f"for each target, {MORE} times as long for what has a state")
     parser.add_argument("--report", type=Path, help="write the table of all counts so far into this document, and fuzz nothing")
     parser.add_argument("--sample", action="store_true", help="a few seconds in all: does it run and find nothing?")
     parser.add_argument("targets", nargs="*", help="these alone; quote names with spaces")
     given = parser.parse_args()
     counts_file = given.dir / "counts.json"
-    counts = json.loads(counts_file.read_text()) if counts_file.exists() else {}
+    counts = load(counts_file)
     if given.report is not None:
         report(counts, given.report)
         return
@@ -143,11 +167,10 @@ def main() -> None:
     chosen = given.targets or (["device message", "session"] if given.sample else list(targets))
     given.dir.mkdir(parents=True, exist_ok=True)
     for name in chosen:
-        print(f"{name}: {given.seconds} s …", flush=True)
-        problem = fuzz(name, targets[name].seeds(), targets[name].longest, given.dir, given.seconds, counts)
-        temporary = counts_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(counts, indent=1))
-        temporary.replace(counts_file)
+        seconds = given.seconds * (MORE if name in MACHINES and not given.sample else 1)
+        print(f"{name}: {seconds} s …", flush=True)
+        problem = fuzz(name, targets[name].seeds(), targets[name].longest, given.dir, seconds, counts)
+        store(counts, counts_file)
         if problem:
             raise SystemExit(problem)
     show({name: counts[name] for name in chosen})

@@ -546,6 +546,22 @@ def test_a_device_revoked_as_its_round_closes_is_not_said_to_be_out_of_it(tmp_pa
     with_coordinator(tmp_path, database, body)
 
 
+def test_a_session_that_ends_before_its_revocation_has_its_turn_is_a_revoked_devices(tmp_path, database):
+    async def body(coordinator):
+        await both_drawn(coordinator)
+        session = coordinator.sessions["a"]
+        async with coordinator.lock:
+            revoking = asyncio.create_task(kick(coordinator, "a"))
+            await asyncio.sleep(0.05)
+            leaving = asyncio.create_task(coordinator.disconnect(session))
+            await asyncio.sleep(0.05)
+            assert "a" not in coordinator.sessions and not revoking.done()
+        await asyncio.gather(revoking, leaving)
+        assert coordinator.active.revoked == {"a"} and "a" not in coordinator.active.connected
+
+    with_coordinator(tmp_path, database, body)
+
+
 @pytest.mark.parametrize("figure", ["loss", "tokens", "seconds"])
 def test_a_probe_that_can_not_have_been_measured_costs_its_round(tmp_path, database, figure):
     """Status shows means of them, and JSON has no infinity."""

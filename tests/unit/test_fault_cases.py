@@ -28,7 +28,7 @@ PASSED = {
     point + next((f"/{which}" for begin, which in KINDS.items() if point.startswith(begin)), ""): 4
     for point in POINTS
     if not point.startswith("server.stop")
-}
+} | {message: 2 for message in LIVELY if message.endswith("/progress")}
 
 
 def traced(points: dict[str, int]) -> dict[str, dict[str, int]]:
@@ -59,7 +59,7 @@ def test_every_point_is_killed_on_both_sides() -> None:
         for faults in case.faults.values():
             for one in faults:
                 assert one["at"].partition("/")[0] in POINTS and one.get("hit", 1) >= 1
-                assert re.fullmatch(r"kill|fail:ENOSPC|ask:(kill|term):(server|alpha)|ask:flip:objects", one["do"])
+                assert re.fullmatch(r"kill|fail:ENOSPC|ask:(kill|term):(server|alpha)|ask:flip:objects|delay:2\.5", one["do"])
     assert {case.name.partition(" ")[0] for case in cases if case.eventful} == {p for p in PASSED if p.startswith(LIVELY)}
 
 

@@ -146,6 +146,19 @@ def test_a_row_that_a_device_can_not_use_is_not_what_it_holds_out(tmp_path: Path
         prepare(tmp_path / "one", section.model_copy(update={"rows_per_device": 1}), 64, Words())
 
 
+@pytest.mark.parametrize("partition", ["iid", "source"])
+def test_devices_may_have_ever_more_rows(tmp_path: Path, partition: Any) -> None:
+    sources = [source(tmp_path / "a.jsonl")]
+    section = DataSection(sources=sources, devices=4, rows_per_device=20, held_out=7, fewest_rows=3, partition=partition)
+    made = prepare(tmp_path / "out", section, 64, Words())
+    assert [len(rows_in(made / f"{name}.jsonl")) for name in device_names(4)] == [3, 6, 11, 20]
+    alike = section.model_copy(update={"fewest_rows": None})
+    with pytest.raises(ConfigError, match="made with other fewest_rows"):
+        prepare(tmp_path / "out", alike, 64, Words())
+    made = prepare(tmp_path / "alike", alike, 64, Words())
+    assert "fewest_rows" not in (made / "partition.json").read_text(), "a partition of before has none"
+
+
 def test_mixtures_differ_more_with_a_small_alpha(tmp_path: Path) -> None:
     path = source(tmp_path / "a.jsonl", 600)
 

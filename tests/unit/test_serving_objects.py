@@ -16,6 +16,7 @@ from test_coordinator import both_assigned, both_drawn, database  # noqa: F401
 from test_pace_of_devices import training
 from test_rounds import MANIFEST, toml
 
+from common.bucket import Buckets
 from common.errors import LimitError, StorageError
 from common.pb import objects_pb2
 from common.transport import serde
@@ -338,14 +339,14 @@ def test_a_push_that_is_cut_while_it_is_checked_counts_once_and_the_next_waits_f
 def test_pieces_of_a_byte_are_read_no_faster_than_so_many_a_second(tmp_path, database, monkeypatch):  # noqa: F811
     async def body(objects, coordinator, key):
         await both_assigned(coordinator, key)
-        monkeypatch.setattr(transfer, "PIECES_BURST", 10.0)
+        objects._small = Buckets(50.0, 10.0)
         monkeypatch.setattr(transfer, "SMALL_PIECE", 20)
         pieces = [objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=DATA[n : n + 1])) for n in range(50)]
         begin = time.monotonic()
-        await pushed(objects, header(key), *pieces, grpc.aio.EOF)
+        for n in range(0, 50, 10):  # a device's, however many pushes it sends them in
+            await pushed(objects, header(key, n), *pieces[n : n + 10], grpc.aio.EOF)
         assert time.monotonic() - begin > 0.7, "40 of them at 50 a second"
-        monkeypatch.setattr(transfer, "PIECES", 0.001)
-        monkeypatch.setattr(transfer, "PIECES_BURST", 1.0)
+        objects._small = Buckets(0.001, 1.0)
         larger = [objects_pb2.PushMessage(chunk=objects_pb2.Chunk(data=DATA[n : n + 30])) for n in range(50, 200, 30)]
         async with asyncio.timeout(30):
             assert "UpdateRejected" in await pushed(objects, header(key, 50), *larger, grpc.aio.EOF), "it has come whole"
