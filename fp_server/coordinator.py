@@ -33,7 +33,6 @@ from fp_server.commands import (
 )
 from fp_server.config import ServerConfig
 from fp_server.elapsed import Elapsed
-from fp_server.identity import revoked_error
 from fp_server.keeping import Keeper
 from fp_server.ledger import LostUpdates
 from fp_server.limits import Complaints
@@ -129,7 +128,7 @@ class Coordinator(Archive):
         for name in revoked:
             if name not in current.members or current.members[name].stage is Stage.DROPPED:
                 continue
-            event = e.DeviceDropped(machine.name, current.opened.key, name, "IdentityError", str(revoked_error(name)), True)
+            event = e.DeviceDropped.by_revocation(machine.name, current.opened.key, name)
             await self.log.append(event, machine.told_at)
             tell(event)
             machine.handle(event, machine.told_at)

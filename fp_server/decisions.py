@@ -105,6 +105,9 @@ def _advance_round(machine: RunMachine, current: Round, now: float) -> list[Comm
     run, key = machine.config.run, current.opened.key
     if current.closed is not None:
         return []
+    for device, member in current.members.items():  # first, so that no round is closed with its update
+        if device in machine.revoked and member.stage is not Stage.DROPPED:
+            return [Record(e.DeviceDropped.by_revocation(machine.name, key, device))]
     for device, member in current.members.items():
         if not member.settled and member.stage is not Stage.CHOOSING and (text := late(machine.config, member, now)):
             return [Record(e.DeviceDropped(machine.name, key, device, "UnreachableError", text))]

@@ -137,6 +137,16 @@ class DeviceDropped:
     revoked: bool = False
     """Its certificate was revoked: it is out of the round even when its update had been accepted."""
 
+    @classmethod
+    def by_revocation(cls, run: str, key: TaskKey, device: str) -> DeviceDropped:
+        """It is out because it was revoked."""
+        return cls(run, key, device, "IdentityError", revoked_text(device), True)
+
+
+def revoked_text(name: str) -> str:
+    """What whoever shows a revoked certificate is told, and the log of the round that its device leaves."""
+    return f"the certificate of {name!r} has been revoked; ask the operator for a new token"
+
 
 @dataclass(frozen=True)
 class RoundClosed:

@@ -24,6 +24,7 @@ from common.transport.tls import ROLES, Peer, ca_digest, renewable_from
 from fp_server import audit, books
 from fp_server.audit import SERVER, Actor, Entry
 from fp_server.certificates import Issuer, pem, requested_key
+from fp_server.events import revoked_text
 from fp_server.limits import ServerLimits
 from fp_server.log import Database
 
@@ -211,8 +212,8 @@ class Authority:
 
 
 def revoked_error(name: str) -> IdentityError:
-    """What whoever shows a revoked certificate is told, and the log of the round that its device leaves."""
-    return IdentityError(f"the certificate of {name!r} has been revoked; ask the operator for a new token")
+    """What whoever shows a revoked certificate is told."""
+    return IdentityError(revoked_text(name))
 
 
 def _lost_reply(valid: list[x509.Certificate], peer: Peer, key: ec.EllipticCurvePublicKey) -> x509.Certificate | None:

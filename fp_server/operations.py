@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.errors import ConfigError, IdentityError
+from common.errors import ConfigError
 from common.types import ModelManifest
 from fp_server import audit
 from fp_server import events as e
@@ -73,15 +73,14 @@ async def control(coordinator: Coordinator, run: str, action: str, actor: Actor 
 
 async def kick(coordinator: Coordinator, name: str) -> None:
     """Hang up a device's session (its certificate was revoked); the round goes on without it, and without its update."""
-    error = revoked_error(name)
     if (session := coordinator.sessions.get(name)) is not None:
-        session.close(error)
-    await coordinator.until_stored(lambda: coordinator.background.whole(_leave_round(coordinator, name, session, error)))
+        session.close(revoked_error(name))
+    await coordinator.until_stored(lambda: coordinator.background.whole(_leave_round(coordinator, name, session)))
 
 
-async def _leave_round(coordinator: Coordinator, name: str, session: Session | None, error: IdentityError) -> None:
+async def _leave_round(coordinator: Coordinator, name: str, session: Session | None) -> None:
     """Take a revoked device out of the round, unless it is closed: decided under the lock, so that the log never says so of an
-    update that counts."""
+    update that counts. What the machine decides by itself may meet a full disk in silence; what is asked for here does not."""
     async with coordinator.lock:
         if coordinator.sessions.get(name) in (None, session):  # no round must draw it, nor wait for it
             await coordinator.post_locked(Revoked(name))
@@ -90,5 +89,4 @@ async def _leave_round(coordinator: Coordinator, name: str, session: Session | N
         if machine is None or current is None or current.closed is not None:
             return
         if (member := current.members.get(name)) is not None and member.stage is not Stage.DROPPED:
-            event = e.DeviceDropped(machine.name, current.opened.key, name, "IdentityError", str(error), True)
-            await coordinator.post_locked(event)
+            await coordinator.post_locked(e.DeviceDropped.by_revocation(machine.name, current.opened.key, name))

@@ -590,6 +590,37 @@ def test_the_final_evaluation_waits_for_nobody_who_was_revoked():
         assert shell.machine.current.opened.drawn == ("a",)
 
 
+def test_no_round_closes_with_the_update_of_a_revoked_device():
+    """Also where its going could not be written at first, because the disk was full."""
+    shell = opened()
+    shell.probe("a", "b")
+    shell.assign("a", "b")
+    shell.accept("a")
+    key, machine = shell.key, shell.machine
+    (asked,) = machine.handle(c.Revoked("a"), 0.0)
+    assert asked.event == e.DeviceDropped.by_revocation("r", key, "a") and asked.event.revoked
+    (asked,) = machine.handle(accepted(key, "b"), 1.0)  # the last update: the round would be closed now
+    assert isinstance(asked.event, e.DeviceDropped)
+    shell.do(asked.event)
+    assert machine.current.closed is not None
+    assert {name: member.counts for name, member in machine.current.members.items()} == {"a": False, "b": True}
+
+
+def test_a_round_that_is_opened_again_leaves_out_who_was_revoked_meanwhile():
+    shell = Shell(min_devices=3)
+    shell.join("a", "b", "c")
+    shell.probe("a", "b", "c")
+    shell.assign("a", "b", "c")
+    shell.accept("a", "b", "c")
+    members = shell.machine.current.members
+    shell.do(c.Revoked("a"))
+    assert members["a"].counts, "the round is closed, and its update counts"
+    shell.do(e.UpdatesLost("r", shell.key, {"c": "it is damaged"}))
+    assert members["a"].dropped.revoked and not members["a"].counts
+    shell.accept("c")
+    assert shell.machine.current.closed is not None and members["b"].counts and members["c"].counts
+
+
 def test_a_revoked_device_that_has_joined_again_is_waited_for():
     shell = opened(rounds=1, progress_timeout_seconds=10.0)
     shell.probe("a", "b")
