@@ -22,12 +22,15 @@ from test_verify import tool
 
 from common.errors import StorageError
 from common.faults import DISK, VARIABLE
+from common.pb import enroll_pb2, enroll_pb2_grpc
+from common.token import JoinToken
 from common.transport import tls
 from common.types import UpdateReady
 from fp_server import own
 from fp_server.identity import Authority
 from fp_server.log import Database
 from fp_server.maintenance import new_operator
+from fp_server.operator import Operator
 from fp_server.verify import verify
 
 TOML = run_toml("global", final_evaluation=False)
@@ -217,6 +220,37 @@ def enroll(directory: Path, name: str) -> str:
         database.close()
 
 
+def renewal(server: Server, name: str) -> str:
+    """A device's renewal over the wire: its new certificate, or the error's name and text."""
+
+    async def body() -> str:
+        key = tls.load_key(server.devices / name / "device.key")
+        request = enroll_pb2.RenewRequest(csr_pem=tls.make_csr(key, name))
+        async with server.channel(name) as channel:
+            try:
+                return str((await enroll_pb2_grpc.RenewalStub(channel).Renew(request, timeout=20)).certificate_pem)
+            except grpc.aio.AioRpcError as error:
+                return f"{error_name(error)}: {error.details()}"
+
+    return asyncio.run(body())
+
+
+def enrollment(server: Server, token: str) -> str:
+    """The same of a token, as `fp-client join` sends it."""
+    said = JoinToken.decode(token)
+
+    async def body() -> str:
+        request = enroll_pb2.EnrollRequest(secret=said.secret, csr_pem=tls.make_csr(tls.new_key(), "x"))
+        credentials = grpc.ssl_channel_credentials((server.directory / "ca.pem").read_bytes())
+        async with grpc.aio.secure_channel(said.enroll, credentials) as channel:
+            try:
+                return str((await enroll_pb2_grpc.EnrollmentStub(channel).Enroll(request, timeout=20)).certificate_pem)
+            except grpc.aio.AioRpcError as error:
+                return f"{error_name(error)}: {error.details()}"
+
+    return asyncio.run(body())
+
+
 def test_every_command_on_a_full_disk_says_so_and_works_when_there_is_space(small, disk, tmp_path):
     finish(small, [Device(small, "alice"), Device(small, "bob")])
     small.start()
@@ -230,6 +264,7 @@ def test_every_command_on_a_full_disk_says_so_and_works_when_there_is_space(smal
         "export": ("export", "--out", str(disk.root / "inside" / "adapter"), "--dir", where),
     }
     before = verify(disk.root)
+    token = Operator(disk.root).token("erin", "device", 600).text
     disk.fill()
     fill_log(disk)
     for name, words in commands.items():
@@ -239,6 +274,8 @@ def test_every_command_on_a_full_disk_says_so_and_works_when_there_is_space(smal
         assert "Traceback" not in said.stderr
     with pytest.raises(StorageError, match=r"full|space"):
         enroll(disk.root, "dave")
+    for refused in (renewal(small, "bob"), enrollment(small, token)):
+        assert refused.startswith("StorageError: ") and ("full" in refused or "space" in refused), refused
     assert tool("status", "--dir", where).returncode == 0, "and who asks is answered"
     assert verify(disk.root).head == before.head
     backup = tool("backup", "--out", str(tmp_path / "backup"), "--dir", where)
@@ -249,6 +286,8 @@ def test_every_command_on_a_full_disk_says_so_and_works_when_there_is_space(smal
         said = tool(*words)
         assert said.returncode == 0, (name, said.stderr)
     assert "BEGIN CERTIFICATE" in enroll(disk.root, "dave")
+    assert "BEGIN CERTIFICATE" in renewal(small, "bob")
+    assert "BEGIN CERTIFICATE" in enrollment(small, token), "it was not used up"
     assert tool("audit", "--verify", "--dir", where).returncode == 0
     assert small.stop() == 0
     assert not verify(disk.root).damaged
