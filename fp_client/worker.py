@@ -59,9 +59,9 @@ def report(error: BaseException) -> dict[str, Any]:
     if isinstance(error, FedPrunerError):
         message = {"error": type(error).__name__, "message": str(error)}
         return {**message, "smallest": error.smallest} if isinstance(error, BudgetError) else message
-    traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, OSError) and disk_full(error):
         return {"error": "StorageError", "message": f"{error.filename or 'the device'}: the disk is full; free some space"}
+    traceback.print_exception(error, file=sys.stderr)
     memory = isinstance(error, MemoryError) or "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
     if memory:
         text = str(error).strip().splitlines()[0] if str(error).strip() else "an allocation failed"
