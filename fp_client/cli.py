@@ -49,13 +49,11 @@ def join(
     if as_json:
         typer.echo(json.dumps({"name": joined.name, "role": joined.role, "server": joined.server, "dir": str(directory)}))
     else:
-        typer.echo(
-            f"joined {joined.server} as {joined.role} {joined.name!r} with a new certificate; a daemon that runs takes it up, "
-            f"else `fp-client run{at(directory)}`"
-            if again and known
-            else f"joined {joined.server} as {joined.role} {joined.name!r}; "
-            f"edit {directory / 'client.toml'}, then `fp-client doctor{at(directory)}`"
-        )
+        if again and known:
+            then = f" with a new certificate; a daemon that runs takes it up, else `fp-client run{at(directory)}`"
+        else:
+            then = f"; edit {directory / 'client.toml'}, then `fp-client doctor{at(directory)}`"
+        typer.echo(f"joined {joined.server} as {joined.role} {joined.name!r}{then}")
 
 
 @app.command(epilog="Example:  fp-client renew --dir dev1   (the daemon does this by itself; it takes the new one up as it runs)")

@@ -101,8 +101,9 @@ def _write(fresh: Path, section: DataSection, window: int, tokenizer: Any) -> No
             f"{window} tokens and {section.devices} devices of {section.rows_per_device}"
         )
     _dump(fresh / "held-out.jsonl", opened, list(held.values()))
-    for name, dealt in zip(device_names(section.devices), deal(rest, opened, section, rng), strict=True):
-        _dump(fresh / f"{name}.jsonl", opened, sorted(_usable(name, dealt, opened, window, tokenizer)))
+    dealt = deal(rest, opened, section, rng)
+    for name, mine, count in zip(device_names(section.devices), dealt, row_counts(section), strict=True):
+        _dump(fresh / f"{name}.jsonl", opened, sorted(_usable(name, mine[:count], opened, window, tokenizer)))
     (fresh / "partition.json").write_text(json.dumps(_stamp(section, window)) + "\n")
 
 
@@ -143,16 +144,6 @@ def _dump(path: Path, opened: Sequence[Rows], places: Sequence[Place]) -> None:
         os.fsync(file.fileno())
 
 
-def deal(rest: Sequence[Place], opened: Sequence[Rows], section: DataSection, rng: np.random.Generator) -> list[list[Place]]:
-    """`rows_per_device` of the rows in `rest` for each device, no row twice; fewer of these where `fewest_rows` is set.
-
-    By kind, a device's shares p ~ Dirichlet(alpha) are drawn and its rows one after another from kinds with these
-    chances; a kind that has run out is passed over.
-    """
-    whole = _deal(rest, opened, section, rng)
-    return [mine[:count] for mine, count in zip(whole, row_counts(section), strict=True)]
-
-
 def row_counts(section: DataSection) -> list[int]:
     """How many rows each device has."""
     most, fewest = section.rows_per_device, section.fewest_rows or section.rows_per_device
@@ -160,7 +151,12 @@ def row_counts(section: DataSection) -> list[int]:
     return [min(most, round(fewest * growth**index)) for index in range(section.devices)]
 
 
-def _deal(rest: Sequence[Place], opened: Sequence[Rows], section: DataSection, rng: np.random.Generator) -> list[list[Place]]:
+def deal(rest: Sequence[Place], opened: Sequence[Rows], section: DataSection, rng: np.random.Generator) -> list[list[Place]]:
+    """`rows_per_device` of the rows in `rest` for each device, no row twice.
+
+    By kind, a device's shares p ~ Dirichlet(alpha) are drawn and its rows one after another from kinds with these
+    chances; a kind that has run out is passed over.
+    """
     size = section.rows_per_device
     if section.partition == "iid":
         return [list(rest[n * size : (n + 1) * size]) for n in range(section.devices)]

@@ -41,7 +41,6 @@ from fp_server.narrate import tell
 from fp_server.objects import ObjectStore
 from fp_server.reviewing import review_round
 from fp_server.rounds import RunMachine
-from fp_server.roundstate import Stage
 from fp_server.sessions import Session
 from fp_server.work import aggregate_round, choose_units
 
@@ -120,18 +119,14 @@ class Coordinator(Archive):
         Before anything is decided, or a round that is complete would be closed with their updates. It is handed in at the time
         that the fold has come to: the time the server was down is nobody's, and what follows is decided when all is taken up.
         """
-        current, revoked = machine.current, list[str]()
+        revoked: list[str] = []
         self.log.enter(lambda c: revoked.extend(name for name in sorted(machine.plans) if books.revoked(c, name)))
         machine.revoked.update(revoked)
-        if current is None or current.closed is not None:
-            return
         for name in revoked:
-            if name not in current.members or current.members[name].stage is Stage.DROPPED:
-                continue
-            event = e.DeviceDropped.by_revocation(machine.name, current.opened.key, name)
-            await self.log.append(event, machine.told_at)
-            tell(event)
-            machine.handle(event, machine.told_at)
+            if (event := machine.leaving(name)) is not None:
+                await self.log.append(event, machine.told_at)
+                tell(event)
+                machine.handle(event, machine.told_at)
 
     async def drain(self) -> None:
         """Begin nothing more: no session, round, choice or aggregation. Sessions are ended; the devices may come back."""

@@ -14,7 +14,7 @@ from fp_server.capacity import refusal
 from fp_server.commands import Aggregate, Command, Record, Review
 from fp_server.config import Evaluation
 from fp_server.progress import late
-from fp_server.roundstate import Round, Stage
+from fp_server.roundstate import Phase, Round, Stage
 from fp_server.seeding import draw_devices, rng_for
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def _able(machine: RunMachine) -> list[str]:
 
 def awaited(machine: RunMachine) -> list[str]:
     """The last round's devices that the final evaluation waits for; none when it is not about to begin."""
-    if machine.current is not None or machine.ended is not None or machine.next_round != machine.config.run.rounds:
-        return []
-    if machine.paused is not None or not machine.config.run.final_evaluation:
+    run = machine.config.run
+    if machine.phase is not Phase.GATHERING or machine.next_round != run.rounds or not run.final_evaluation:
         return []
     said = machine.connected - machine.stale  # one that is there and not able has no place in the run any more
     return [d for d in machine.evaluated or machine.history.trained if d not in said and d not in machine.revoked]
@@ -105,9 +104,9 @@ def _advance_round(machine: RunMachine, current: Round, now: float) -> list[Comm
     run, key = machine.config.run, current.opened.key
     if current.closed is not None:
         return []
-    for device, member in current.members.items():  # first, so that no round is closed with its update
-        if device in machine.revoked and member.stage is not Stage.DROPPED:
-            return [Record(e.DeviceDropped.by_revocation(machine.name, key, device))]
+    for device in sorted(machine.revoked):  # first, so that no round is closed with its update
+        if (leaving := machine.leaving(device)) is not None:
+            return [Record(leaving)]
     for device, member in current.members.items():
         if not member.settled and member.stage is not Stage.CHOOSING and (text := late(machine.config, member, now)):
             return [Record(e.DeviceDropped(machine.name, key, device, "UnreachableError", text))]

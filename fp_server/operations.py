@@ -15,7 +15,6 @@ from fp_server.limits import RUN_FILE
 from fp_server.log import Also
 from fp_server.narrate import tell
 from fp_server.rounds import RunMachine
-from fp_server.roundstate import Stage
 from fp_server.sessions import Session
 from fp_server.work import parse_run, run_started
 
@@ -85,8 +84,5 @@ async def _leave_round(coordinator: Coordinator, name: str, session: Session | N
         if coordinator.sessions.get(name) in (None, session):  # no round must draw it, nor wait for it
             await coordinator.post_locked(Revoked(name))
         machine = coordinator.active
-        current = machine.current if machine is not None else None
-        if machine is None or current is None or current.closed is not None:
-            return
-        if (member := current.members.get(name)) is not None and member.stage is not Stage.DROPPED:
-            await coordinator.post_locked(e.DeviceDropped.by_revocation(machine.name, current.opened.key, name))
+        if machine is not None and (leaving := machine.leaving(name)) is not None:
+            await coordinator.post_locked(leaving)

@@ -58,6 +58,16 @@ class RunState:
         plan, train = self.plans.get(device), self.config.train
         return None if plan is None else choose_capacity(plan.report, train.gradient, train.step_seconds)
 
+    def leaving(self, device: str) -> e.DeviceDropped | None:
+        """The event with which a revoked device leaves the open round; None when it is in none, or out of it already."""
+        current = self.current
+        if current is None or current.closed is not None:
+            return None
+        member = current.members.get(device)
+        if member is None or member.stage is Stage.DROPPED:
+            return None
+        return e.DeviceDropped.by_revocation(self.name, current.opened.key, device)
+
     def awaits_plan(self, device: str) -> bool:
         """Whether the device was asked what it can hold; a plan nobody asked for changes nothing."""
         free = self.current is None or self.current.closed is not None or self.idle(device)

@@ -249,33 +249,28 @@ def _round_table(entry: dict[str, Any]) -> list[RenderableType]:
     said: list[RenderableType] = []
     table = Table("device", "units drawn", "up", "peak (planned)", "training loss", "", box=None, header_style="dim")
     for device, member in entry["devices"].items():
-        trained = "loss_last" in member
+        trained, (word, reason) = "loss_last" in member, _apart(member)
         peak = f"{size(member['measured_peak_bytes'])} ({size(member['predicted_peak_bytes'])})" if trained else ""
         table.add_row(
             plain(device), spans(member.get("units", [])),
             size(member["update_bytes"]) if trained else "", peak,
             f"{_loss(member['loss_first'])} → {_loss(member['loss_last'])}" if member.get("loss_last") is not None else "",
-            plain(_outcome(member) or ("" if trained else member["stage"])),
+            plain(word or ("" if trained else member["stage"])),
         )  # fmt: skip
-        if reason := member.get("message") or _review(member):
+        if reason:
             said.append(plain(f"{device}: {reason}", "dim"))
     return [table, *said]
 
 
-def _outcome(member: dict[str, Any]) -> str:
-    """A word for what set a device apart, if anything."""
-    if member.get("message"):
-        return "revoked" if _by_revocation(member) else "dropped"
-    review = member.get("review")
-    return "" if review is None or review["outlier"] is None else "left out" if review["rejected"] else "stands out"
-
-
-def _review(member: dict[str, Any]) -> str:
-    """What the comparison with the others found, if anything."""
+def _apart(member: dict[str, Any]) -> tuple[str, str]:
+    """What set a device apart, in a word and in full; both empty when nothing did."""
+    if message := member.get("message"):
+        return "revoked" if _by_revocation(member) else "dropped", message
     review = member.get("review")
     if review is None or review["outlier"] is None:
-        return ""
-    return f"{'left out' if review['rejected'] else 'stands out'}: {review['outlier']}"
+        return "", ""
+    word = "left out" if review["rejected"] else "stands out"
+    return word, f"{word}: {review['outlier']}"
 
 
 def _gradient_table(entry: dict[str, Any]) -> list[RenderableType]:

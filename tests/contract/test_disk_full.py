@@ -220,33 +220,35 @@ def enroll(directory: Path, name: str) -> str:
         database.close()
 
 
+async def certificate(call: Any) -> str:
+    """What an enrollment or a renewal gives: a certificate, or the error's name and text."""
+    try:
+        return str((await call).certificate_pem)
+    except grpc.aio.AioRpcError as error:
+        return f"{error_name(error)}: {error.details()}"
+
+
 def renewal(server: Server, name: str) -> str:
-    """A device's renewal over the wire: its new certificate, or the error's name and text."""
+    """A device's renewal over the wire."""
 
     async def body() -> str:
         key = tls.load_key(server.devices / name / "device.key")
         request = enroll_pb2.RenewRequest(csr_pem=tls.make_csr(key, name))
         async with server.channel(name) as channel:
-            try:
-                return str((await enroll_pb2_grpc.RenewalStub(channel).Renew(request, timeout=20)).certificate_pem)
-            except grpc.aio.AioRpcError as error:
-                return f"{error_name(error)}: {error.details()}"
+            return await certificate(enroll_pb2_grpc.RenewalStub(channel).Renew(request, timeout=20))
 
     return asyncio.run(body())
 
 
 def enrollment(server: Server, token: str) -> str:
-    """The same of a token, as `fp-client join` sends it."""
+    """A token's use over the wire, as `fp-client join` sends it."""
     said = JoinToken.decode(token)
 
     async def body() -> str:
         request = enroll_pb2.EnrollRequest(secret=said.secret, csr_pem=tls.make_csr(tls.new_key(), "x"))
         credentials = grpc.ssl_channel_credentials((server.directory / "ca.pem").read_bytes())
         async with grpc.aio.secure_channel(said.enroll, credentials) as channel:
-            try:
-                return str((await enroll_pb2_grpc.EnrollmentStub(channel).Enroll(request, timeout=20)).certificate_pem)
-            except grpc.aio.AioRpcError as error:
-                return f"{error_name(error)}: {error.details()}"
+            return await certificate(enroll_pb2_grpc.EnrollmentStub(channel).Enroll(request, timeout=20))
 
     return asyncio.run(body())
 

@@ -558,10 +558,7 @@ def test_a_reconnect_sends_the_outstanding_task_again_and_asks_for_a_plan_when_i
 
 def test_the_final_evaluation_waits_for_who_is_away_but_not_for_ever():
     for back in (True, False):
-        shell = opened(rounds=1, progress_timeout_seconds=10.0)
-        shell.probe("a", "b")
-        shell.assign("a", "b")
-        shell.accept("a", "b")
+        shell = closed("a", "b", rounds=1, progress_timeout_seconds=10.0)
         shell.do(c.Disconnected("b"))
         shell.commit()
         assert shell.machine.current is None
@@ -578,10 +575,7 @@ def test_the_final_evaluation_waits_for_who_is_away_but_not_for_ever():
 
 def test_the_final_evaluation_waits_for_nobody_who_was_revoked():
     for when in ("before", "meanwhile"):
-        shell = opened(rounds=1, progress_timeout_seconds=10.0)
-        shell.probe("a", "b")
-        shell.assign("a", "b")
-        shell.accept("a", "b")
+        shell = closed("a", "b", rounds=1, progress_timeout_seconds=10.0)
         shell.do(c.Revoked("b") if when == "before" else c.Disconnected("b"))
         shell.commit()
         if when == "meanwhile":
@@ -607,11 +601,7 @@ def test_no_round_closes_with_the_update_of_a_revoked_device():
 
 
 def test_a_round_that_is_opened_again_leaves_out_who_was_revoked_meanwhile():
-    shell = Shell(min_devices=3)
-    shell.join("a", "b", "c")
-    shell.probe("a", "b", "c")
-    shell.assign("a", "b", "c")
-    shell.accept("a", "b", "c")
+    shell = closed("a", "b", "c")
     members = shell.machine.current.members
     shell.do(c.Revoked("a"))
     assert members["a"].counts, "the round is closed, and its update counts"
@@ -622,20 +612,14 @@ def test_a_round_that_is_opened_again_leaves_out_who_was_revoked_meanwhile():
 
 
 def test_a_revoked_device_that_has_joined_again_is_waited_for():
-    shell = opened(rounds=1, progress_timeout_seconds=10.0)
-    shell.probe("a", "b")
-    shell.assign("a", "b")
-    shell.accept("a", "b")
+    shell = closed("a", "b", rounds=1, progress_timeout_seconds=10.0)
     shell.do(c.Revoked("b"), c.Connected("b"), c.Disconnected("b"))
     shell.commit()
     assert shell.machine.current is None
 
 
 def test_a_run_nobody_is_left_to_evaluate_ends():
-    shell = opened(rounds=1, progress_timeout_seconds=10.0)
-    shell.probe("a", "b")
-    shell.assign("a", "b")
-    shell.accept("a", "b")
+    shell = closed("a", "b", rounds=1, progress_timeout_seconds=10.0)
     shell.do(c.Disconnected("a"), c.Disconnected("b"))
     shell.commit()
     shell.now = 11

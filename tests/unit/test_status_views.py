@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_rounds import MANIFEST, Shell, assigned, committed, dropped, opened, probed
+from test_rounds import MANIFEST, Shell, assigned, closed, committed, dropped, opened, probed
 
 from common.types import Capacity, Gradient, ObjectRef, PlanReport, UpdateMetrics
 from fp_server import commands as c
@@ -201,10 +201,7 @@ def test_every_key_is_in_the_protocols_table():
 
 def test_how_updates_compare_is_told_and_what_is_left_out_is_shown():
     for reject, words in ((True, "left out: it points elsewhere"), (False, "stands out: it points elsewhere")):
-        shell = opened()
-        shell.probe("a", "b")
-        shell.assign("a", "b")
-        shell.accept("a", "b")
+        shell = closed("a", "b")
         scores = {"a": Score(2, 2, -0.25, 1.5, 1.25), "b": Score(2, 1, 0.125, None)}
         shell.do(e.UpdatesReviewed("r", shell.key, scores, {"a": "it points elsewhere"}, reject))
         members = whole(shell.machine)["current"]["devices"]
@@ -243,10 +240,7 @@ def test_in_a_pipe_one_sees_how_far_a_device_is():
 
 
 def test_what_the_final_evaluation_waits_for_is_said():
-    shell = opened(rounds=1, min_devices=2)
-    shell.probe("a", "b")
-    shell.assign("a", "b")
-    shell.accept("a", "b")
+    shell = closed("a", "b", rounds=1)
     shell.do(c.Disconnected("b"))
     shell.commit()
     made = whole(shell.machine)
