@@ -138,6 +138,7 @@ def _device(machine: RunMachine, device: str) -> dict[str, Any]:
     plan, capacity = machine.plans.get(device), machine.capacity(device)
     return {
         "connected": device in machine.connected,
+        "revoked": device in machine.revoked,
         "samples": plan.samples if plan else None,
         "budget_bytes": plan.report.budget_bytes if plan else None,
         "units": capacity.units if capacity else 0,
@@ -217,4 +218,5 @@ def _member(device: str, member: Member, reviewed: e.UpdatesReviewed | None) -> 
         out["review"] = {**vars(score), "outlier": reviewed.outliers.get(device), "rejected": bool(member.outlier)}
     if member.dropped is not None:
         out["error"], out["message"] = member.dropped.error, member.dropped.message
+        out["revoked"] = member.dropped.revoked
     return out

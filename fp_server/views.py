@@ -170,7 +170,6 @@ def _devices(status: dict[str, Any]) -> Table:
     head = f"units of {status['model_units']}" if "model_units" in status else "units"  # an older server says nothing of it
     table = Table("device", "", "budget", head, "samples", "doing", title="devices", title_justify="left")
     current = status["current"]["devices"] if status["current"] else {}
-    rounds = [*status["history"], *([status["current"]] if status["current"] else [])]
     for name, device in status["devices"].items():
         doing = device["refusal"] or ("ready" if device["connected"] else "away")
         if (member := current.get(name)) is not None:
@@ -179,7 +178,7 @@ def _devices(status: dict[str, Any]) -> Table:
                 doing += f" ({_progress(member['progress'])})"
             if "message" in member:
                 doing += f": {member['message']}"
-        if not device["connected"] and _revoked(name, rounds):
+        if not device["connected"] and device.get("revoked"):  # an older server says nothing of it
             doing = "revoked"
         mark = Text("●", style="green") if device["connected"] else Text("○", style="red")
         units = str(device["units"]) if device["units"] else "–"
@@ -188,16 +187,6 @@ def _devices(status: dict[str, Any]) -> Table:
         samples = "–" if device["samples"] is None else str(device["samples"])
         table.add_row(plain(name), mark, size(device["budget_bytes"]), units, samples, plain(doing))
     return table
-
-
-def _revoked(name: str, history: list[dict[str, Any]]) -> bool:
-    """Whether the last round a device was in ended for it by its revocation."""
-    last: dict[str, Any] = next((entry["devices"][name] for entry in reversed(history) if name in entry["devices"]), {})
-    return _by_revocation(last)
-
-
-def _by_revocation(member: dict[str, Any]) -> bool:
-    return member.get("error") == "IdentityError" and "has been revoked" in member.get("message", "")
 
 
 def spans(labels: list[str]) -> str:
@@ -265,7 +254,7 @@ def _round_table(entry: dict[str, Any]) -> list[RenderableType]:
 def _apart(member: dict[str, Any]) -> tuple[str, str]:
     """What set a device apart, in a word and in full; both empty when nothing did."""
     if message := member.get("message"):
-        return "revoked" if _by_revocation(member) else "dropped", message
+        return "revoked" if member.get("revoked") else "dropped", message
     review = member.get("review")
     if review is None or review["outlier"] is None:
         return "", ""

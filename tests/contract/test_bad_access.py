@@ -493,7 +493,8 @@ def test_a_probe_that_does_not_decode_costs_the_round_and_not_the_session(server
             assert (await read(call)).cancel.reason == said
             assert (await read(call)).probe.key.attempt == 1, "the same session gets the next attempt's task"
             seen = await server.status(run)
-            assert seen["history"][0]["devices"]["alice"] == {"stage": "dropped", "error": "ProtocolError", "message": said}
+            left = {"stage": "dropped", "error": "ProtocolError", "message": said, "revoked": False}
+            assert seen["history"][0]["devices"]["alice"] == left
             call.cancel()
 
     asyncio.run(body())

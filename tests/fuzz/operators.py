@@ -145,15 +145,16 @@ MEMBER = {
 }  # fmt: skip
 ROUND = {
     "round": 1, "attempt": 2, "evaluation": False, "rounds_done": 0, "closed": "why", "committed": False, "bytes_up": 5,
-    "bytes_down": 6, "devices": {"alice": MEMBER, "bob": {"stage": "dropped", "message": "it broke"}},
+    "bytes_down": 6, "devices": {"alice": MEMBER, "bob": {"stage": "dropped", "message": "it broke", "revoked": True}},
 }  # fmt: skip
 SUMMARY = {
     "run": "toy-run", "state": "round", "method": "fedpruner", "model": "toy", "rounds_done": 1, "rounds": 2, "loss_first": 3.0,
     "loss_last": 2.0, "loss_devices": [1, 2], "loss_same_devices": False,
 }  # fmt: skip
 DEVICE = {"connected": True, "samples": 5, "budget_bytes": 1 << 30, "units": 2, "gradient": "streamed", "refusal": ""}
+GONE = {**DEVICE, "connected": False, "revoked": True}
 STATUS = {
-    **SUMMARY, "paused": "why", "problem": "disk", "connected": ["alice"], "devices": {"alice": DEVICE, "bob": DEVICE},
+    **SUMMARY, "paused": "why", "problem": "disk", "connected": ["alice"], "devices": {"alice": DEVICE, "bob": GONE},
     "current": {**ROUND, "closed": None}, "history": [ROUND, {**ROUND, "evaluation": True}], "history_first": 2,
     "history_total": 3,
     "loss": [{"rounds_done": 0, "loss": 3.0, "devices": ["alice"]}], "start": "fresh", "gradient": "auto", "min_devices": 2,

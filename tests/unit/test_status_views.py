@@ -56,7 +56,7 @@ def test_a_round_under_way():
     b = made["current"]["devices"]["b"]
     assert b["units"] == ["1", "4"] and b["groups"] == [["1", "2"], ["3", "4"]] and b["probabilities"] == [[0.5, 0.5]] * 2
     assert made["devices"]["a"] == {
-        "connected": True, "samples": 10, "budget_bytes": 0, "units": 2, "refusal": "", "smallest_budget": 7,
+        "connected": True, "revoked": False, "samples": 10, "budget_bytes": 0, "units": 2, "refusal": "", "smallest_budget": 7,
         "gradient": "submodel", "step_seconds": None,
     }  # fmt: skip
     text = shown(status_view(made))
@@ -264,9 +264,8 @@ def test_a_reason_is_below_the_rounds_table_which_fits_80_columns():
 
 def test_a_device_that_is_away_has_another_mark_and_a_revoked_one_says_so():
     shell = opened()
-    gone = "the certificate of 'b' has been revoked; ask the operator for a new token"
-    shell.do(e.DeviceDropped("r", shell.key, "b", "IdentityError", gone, True))
     shell.do(c.Disconnected("b"))
+    shell.do(c.Revoked("b"))
     rows = [
         line for line in shown(status_view(whole(shell.machine, connected=("a",)))).splitlines() if "●" in line or "○" in line
     ]
