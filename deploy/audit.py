@@ -2,7 +2,7 @@
 
 It fails, too, when it could not look: a service that does not answer, or that knows no package, must not read as "none". So
 every package has to be found there, and a version that is known to be vulnerable is asked for first and has to be named.
-Debian's packages in the base image are not looked at.
+Debian's packages in the base image are not looked at. `AUDIT_SERVICE=osv` asks OSV, `AUDIT_OSV_URL` a mirror of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def audit(requirements: list[str]) -> tuple[list[str], str]:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "requirements.txt"
         file.write_text("\n".join(requirements) + "\n")
-        service = ["-s", os.environ.get("AUDIT_SERVICE", "pypi")]
+        url = os.environ.get("AUDIT_OSV_URL")
+        service = ["-s", "osv", "--osv-url", url] if url else ["-s", os.environ.get("AUDIT_SERVICE", "pypi")]
         done = subprocess.run(
             [sys.executable, "-m", "pip_audit", "-r", file, "--no-deps", "--disable-pip", "--strict", "-f", "json", *service],
             check=False, capture_output=True, text=True,
