@@ -40,7 +40,7 @@ for units, rank in ((range(0, 30, 4), 8), (range(30), 16), (range(0, 30, 4), 8))
     task = Assignment(TaskKey("r", 0, 0), tuple(map(UnitId, units)), (), (), spec, (), 4, True)
     found = tasks.train(TrainArgs(task, (), f"{scratch}/out"), lambda *_: None).metrics
     tasks.forget()
-    print(found.predicted_peak_bytes, found.measured_peak_bytes, int(tasks.worn))
+    print(found.predicted_peak_bytes, found.measured_peak_bytes)
 """
 
 
@@ -51,8 +51,9 @@ def test_a_task_after_a_larger_one_keeps_the_contract_too(real_model: Path, tmp_
         check=True, env=worker_environment(1),
     )  # fmt: skip
     rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[-3:]]
-    assert all(measured <= predicted for predicted, measured, _ in rows), rows
-    assert not any(worn for _, _, worn in rows), "so many layers leave no holes"
+    assert all(measured <= predicted for predicted, measured in rows), rows
+    # The same task before and after: 8 to 15 MiB apart, and 28 to 32 where LoRA's tensors are not mapped by themselves.
+    assert rows[2][1] - rows[0][1] < 22 << 20, rows
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
